@@ -1,0 +1,34 @@
+"""Position embeddings of a 3D token grid."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Grid = tuple[int, int, int]
+
+
+def sincos_pos_embed(embed_dim: int, grid: Grid) -> Tensor:
+    """Fixed sine-cosine embedding of every token of ``grid``: ``(L, embed_dim)`` float32, L = gh·gw·gd, d fastest.
+
+    Each axis has ``embed_dim / 6`` frequencies ``10000^(-k / (embed_dim / 6))``; the channels are ordered
+    sin h, cos h, sin w, cos w, sin d, cos d (as in MAE, extended to three axes by the published code).
+
+    Raises:
+        ValueError: ``embed_dim`` is not divisible by 6.
+    """
+    if embed_dim % 6:
+        raise ValueError(f"embed_dim={embed_dim} must be divisible by 6: sine and cosine for each of three axes.")
+    frequencies = 10000.0 ** -(torch.arange(embed_dim // 6, dtype=torch.float64) / (embed_dim // 6))
+    axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequencies for axis in axes]  # 3 × (L, embed_dim/6)
+    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1).float()
+
+
+def interpolate_pos_embed(pos_embed: Tensor, old: Grid, new: Grid) -> Tensor:
+    """Resample a learned embedding ``(1, L_old, E)`` trilinearly onto another grid: ``(1, L_new, E)``."""
+    if old == new:
+        return pos_embed
+    volume = pos_embed.reshape(1, *old, -1).permute(0, 4, 1, 2, 3)  # (1, E, gh, gw, gd)
+    return F.interpolate(volume, size=new, mode="trilinear").flatten(2).transpose(1, 2)

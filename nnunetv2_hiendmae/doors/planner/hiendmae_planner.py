@@ -1,0 +1,5 @@
+"""Door through which nnU-Net finds our experiment planner."""
+
+from nnunetv2_hiendmae.planner import HiEndMAEPlanner
+
+__all__ = ["HiEndMAEPlanner"]

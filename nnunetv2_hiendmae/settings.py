@@ -1,0 +1,118 @@
+"""What a user may set for fine-tuning: the ``hiendmae`` block of a plans configuration."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from nnunetv2_hiendmae.architectures.vit import ENCODERS, ViTConfig
+from nnunetv2_hiendmae.intensity import DEFAULT_WINDOW, Window
+
+BLOCK = "hiendmae"
+"""Key of the block in a plans configuration."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneSettings:
+    """One ``hiendmae`` block. The trainer fills what was left open and saves the whole in the results' plans.json."""
+
+    weights: str | None = None
+    """Weights file to start from; None: found as the README says."""
+    weights_sha256: str | None = None
+    """Refuse weights with another sha256; written by the trainer."""
+    architecture: str | dict[str, Any] | None = None
+    """Encoder preset or ViTConfig fields; None: that of the weights (without weights: ``tiny``)."""
+    window_hu: Window | None = None
+    """Canonical HU window; None: that of the weights (without weights: -175…250)."""
+    feature_size: int = 32
+    """Decoder channels at full resolution; published: 32."""
+    drop_path: float = 0.0
+    """Stochastic-depth rate of the last ViT block."""
+    num_epochs: int = 1000
+    """Epochs; nnU-Net's default."""
+    num_iterations_per_epoch: int = 250
+    """Training iterations an epoch; nnU-Net's default."""
+    num_val_iterations_per_epoch: int = 50
+    """Validation iterations an epoch; nnU-Net's default."""
+    initial_lr: float = 1e-4
+    """Peak learning rate of AdamW; published: 1e-4."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay of matrices and kernels; none on norms, biases and position embeddings."""
+    layer_decay: float = 1.0
+    """Learning rate of a ViT layer over that of the next deeper one; published: 1."""
+    warmup_epochs: int = 50
+    """Linear warm-up from 1/warmup_epochs of the peak; published: 50. At most a tenth of ``num_epochs`` is used."""
+    frozen_epochs: int = 0
+    """Epochs at the start in which the ViT does not learn."""
+
+    def __post_init__(self) -> None:
+        if self.window_hu is not None:
+            object.__setattr__(self, "window_hu", tuple(self.window_hu))
+            if not self.window_hu[0] < self.window_hu[1]:
+                raise ValueError(f"window_hu={self.window_hu} is empty: the first value must be below the second.")
+        for name, low in (("feature_size", 1), ("num_epochs", 1), ("num_iterations_per_epoch", 1),
+                          ("num_val_iterations_per_epoch", 1), ("warmup_epochs", 0), ("frozen_epochs", 0)):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < low:
+                raise ValueError(f"{name}={value!r} must be an integer of at least {low}.")
+        if not self.initial_lr > 0 or self.weight_decay < 0:
+            raise ValueError(f"initial_lr={self.initial_lr} must be > 0, weight_decay={self.weight_decay} >= 0.")
+        if not 0 < self.layer_decay <= 1 or not 0 <= self.drop_path < 1:
+            raise ValueError(f"layer_decay={self.layer_decay} must be in (0, 1], drop_path={self.drop_path} in [0, 1).")
+        _ = self.encoder
+
+    @classmethod
+    def from_configuration(cls, configuration: dict[str, Any]) -> FineTuneSettings:
+        """Read the block of an inheritance-resolved plans configuration; defaults where there is none.
+
+        Raises:
+            ValueError: unknown key or impossible value; names it.
+        """
+        block = configuration.get(BLOCK, {})
+        known = {f.name for f in fields(cls)}
+        if set(block) - known:
+            raise ValueError(
+                f"Unknown keys {sorted(set(block) - known)} in the plans' '{BLOCK}' block; known: {sorted(known)}."
+            )
+        return cls(**block)
+
+    @property
+    def encoder(self) -> ViTConfig | None:
+        """The encoder's architecture, None if it is the weights' business."""
+        if self.architecture is None or isinstance(self.architecture, dict):
+            return self.architecture and ViTConfig.from_dict(self.architecture)  # type: ignore[return-value]
+        if self.architecture not in ENCODERS:
+            raise ValueError(f"Unknown architecture '{self.architecture}'; presets: {', '.join(ENCODERS)}.")
+        return ENCODERS[self.architecture]
+
+    def resolved(self, encoder: ViTConfig, window: Window, **changes: Any) -> FineTuneSettings:
+        """With architecture and window filled in.
+
+        Raises:
+            ValueError: the block asks for another architecture or window.
+        """
+        # The channels a file was trained on are not an architecture choice: its stem is spread over the plan's.
+        if self.encoder is not None and replace(self.encoder, in_channels=encoder.in_channels) != encoder:
+            raise ValueError(
+                f"The plans ask for the architecture {self.architecture}, the weights have {encoder.to_dict()}. "
+                f"Leave 'architecture' out of the plans, or name other weights."
+            )
+        if self.window_hu is not None and tuple(self.window_hu) != tuple(window):
+            raise ValueError(
+                f"The plans ask for the HU window {self.window_hu}, the weights were trained on {window}. "
+                f"Leave 'window_hu' out of the plans, or name other weights."
+            )
+        return replace(self, architecture=encoder.to_dict(), window_hu=window, **changes)
+
+    def resolved_scratch(self) -> FineTuneSettings:
+        """With the default architecture and window where none is given."""
+        encoder = self.encoder or ENCODERS["tiny"]
+        return self.resolved(encoder, self.window_hu or DEFAULT_WINDOW, weights=None, weights_sha256=None)
+
+    def to_block(self) -> dict[str, Any]:
+        """Plain data for the plans."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    def same_network(self, other: FineTuneSettings) -> bool:
+        """Whether both describe the same network, so that one's checkpoint fits the other."""
+        return all(getattr(self, n) == getattr(other, n) for n in ("architecture", "window_hu", "feature_size"))

@@ -1,0 +1,5 @@
+"""``hiendmae_pretrain``."""
+
+
+def main() -> None:
+    raise SystemExit(0)

@@ -1,0 +1,189 @@
+"""Hi-End-MAE: masked reconstruction by querying the encoder's own layers (arXiv 2502.08347).
+
+Shapes: B batch, C channels, L tokens of a crop, V visible, M = L - V masked, P = ph·pw·pd·C voxels of a token,
+E embed_dim, D decoder_embed_dim. A class token rides along first: 1 + V or 1 + L tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from timm.layers import Mlp
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nnunetv2_hiendmae.architectures.pos_embed import sincos_pos_embed
+from nnunetv2_hiendmae.architectures.vit import LayerNorm, ViT, init_linear
+from pretraining.config import ModelConfig
+from pretraining.masking import patchify, random_shuffles, take_tokens
+
+
+@dataclass
+class HiEndMAEOutput:
+    """What a forward pass returns."""
+
+    loss: Tensor
+    """Scalar: patch-normalised squared error, mean over all voxels of masked patches."""
+    pred: Tensor | None
+    """``(B, 1 + L, P)`` in shuffled order, class token first; only if asked for."""
+    ids_shuffle: Tensor
+    """``(B, L)`` the order used; the first V entries were visible."""
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose queries may be fewer than its keys, or come from elsewhere."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.proj = nn.Linear(dim, dim)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``(B, Nq, D), (B, Nk, D), (B, Nk, D)`` to ``(B, Nq, D)``."""
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, N, D/heads)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class SelfAttention(Attention):
+    """All tokens are keys; the last ``num_queries`` of them are queries."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__(dim, num_heads)
+        self.qkv = nn.Linear(dim, 3 * dim)
+
+    def forward(self, x: Tensor, num_queries: int) -> Tensor:
+        if num_queries == x.shape[1]:
+            return self.attend(*self.qkv(x).chunk(3, dim=-1))
+        dim = x.shape[-1]
+        q = F.linear(x[:, -num_queries:], self.qkv.weight[:dim], self.qkv.bias[:dim])
+        kv = F.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:])
+        return self.attend(q, *kv.chunk(2, dim=-1))
+
+
+class CrossAttention(Attention):
+    """Decoder tokens query the encoder's memory."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__(dim, num_heads)
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        return self.attend(self.q(x), *self.kv(memory).chunk(2, dim=-1))
+
+
+class CrossAttentionBlock(nn.Module):
+    """Self-attention, cross-attention to one memory (not normalised, as published), MLP; all pre-norm residual."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm0 = LayerNorm(dim)
+        self.self_attn = SelfAttention(dim, num_heads)
+        self.norm1 = LayerNorm(dim)
+        self.cross_attn = CrossAttention(dim, num_heads)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor, memory: Tensor, num_queries: int) -> Tensor:
+        """Decoder tokens ``(B, N, D)`` and memory ``(B, 1 + V, D)`` to the last ``num_queries`` tokens, updated."""
+        x = x[:, -num_queries:] + self.self_attn(self.norm0(x), num_queries)
+        x = x + self.cross_attn(self.norm1(x), memory)
+        return x + self.mlp(self.norm2(x))
+
+
+class Decoder(nn.Module):
+    """Hierarchical dense decoding: self-attention blocks, then one cross-attention block a tap, deep to shallow."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim, heads, ratio = config.decoder_embed_dim, config.decoder_num_heads, config.mlp_ratio
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, ratio, qkv_bias=True, norm_layer=LayerNorm) for _ in range(config.decoder_self_depth)
+        )
+        self.cross_attention_blocks = nn.ModuleList(CrossAttentionBlock(dim, heads, ratio) for _ in config.taps)
+        self.norm = LayerNorm(dim)
+        self.head = nn.Linear(dim, config.patch_dim)
+        self.apply(init_linear)
+
+    def forward(self, x: Tensor, memories: list[Tensor], num_queries: int) -> Tensor:
+        """Query tokens ``(B, 1 + L, D)`` and memories shallow to deep to voxels ``(B, num_queries, P)``.
+
+        Only the last ``num_queries`` tokens are followed through the last block: the loss needs no others.
+        """
+        for block in self.blocks:
+            x = block(x)
+        pairs = list(zip(self.cross_attention_blocks, reversed(memories), strict=True))
+        for block, memory in pairs[:-1]:
+            x = block(x, memory, x.shape[1])
+        block, memory = pairs[-1]
+        return self.head(self.norm(block(x, memory, num_queries)))
+
+
+class HiEndMAE(nn.Module):
+    """Encoder on visible tokens, encoder-driven decoder, loss on masked tokens (paper, section 3)."""
+
+    encoder_pos_embed: Tensor
+    decoder_pos_embed: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.decoder_embed_dim
+        self.encoder = ViT(config.encoder, config.grid, class_token=True)
+        # One projection a tap, shallow to deep, and one for the final-normed output, which starts the queries.
+        projections = [nn.Linear(config.embed_dim, dim) for _ in (*config.taps, "final")]
+        for linear in projections:
+            nn.init.xavier_uniform_(linear.weight)  # the bias keeps torch's default, as published
+        self.encoder_to_decoder = nn.ModuleList(projections)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
+        nn.init.normal_(self.mask_token, std=0.02)
+        self.register_buffer("decoder_pos_embed", sincos_pos_embed(dim, config.grid)[None], persistent=False)
+        self.decoder = Decoder(config)
+
+    def forward(self, x: Tensor, ids_shuffle: Tensor | None = None, return_pred: bool = False) -> HiEndMAEOutput:
+        """Crops ``(B, C, H, W, D)`` in [0, 1]; ``ids_shuffle`` ``(B, L)`` int64, first V visible, random if None.
+
+        Raises:
+            ValueError: the crop or ``ids_shuffle`` does not fit the configuration.
+        """
+        config = self.config
+        if tuple(x.shape[1:]) != (config.in_channels, *config.img_size):
+            raise ValueError(
+                f"Crops of shape {tuple(x.shape[1:])} given; the model takes {(config.in_channels, *config.img_size)}."
+            )
+        if ids_shuffle is None:
+            ids_shuffle = random_shuffles(len(x), config.num_tokens).to(x.device)
+        elif tuple(ids_shuffle.shape) != (len(x), config.num_tokens):
+            raise ValueError(f"ids_shuffle is {tuple(ids_shuffle.shape)}, must be {(len(x), config.num_tokens)}.")
+        patches = patchify(x, config.patch_size)  # (B, L, P)
+        taps, final = self.encode(patches, ids_shuffle)
+        pred = self.decode(taps, final, ids_shuffle, 1 + config.num_tokens if return_pred else config.num_masked)
+        target = self.target(patches, ids_shuffle)
+        loss = F.mse_loss(pred[:, -config.num_masked :].float(), target)
+        return HiEndMAEOutput(loss, pred if return_pred else None, ids_shuffle)
+
+    def encode(self, patches: Tensor, ids_shuffle: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Visible tokens through the encoder: tapped layers, shallow to deep, and the final one, ``(B, 1 + V, E)``."""
+        visible = ids_shuffle[:, : self.config.num_visible]
+        tokens = self.encoder.patch_embed.project(take_tokens(patches, visible))
+        return self.encoder.forward_intermediates(tokens + take_tokens(self.encoder.pos_embed, visible))
+
+    def decode(self, taps: list[Tensor], final: Tensor, ids_shuffle: Tensor, num_queries: int) -> Tensor:
+        """Reconstruct by querying the tapped layers: voxels ``(B, num_queries, P)`` of the last tokens, shuffled."""
+        queries = self.decoder_input(final, ids_shuffle)
+        memories = [project(tap) for project, tap in zip(self.encoder_to_decoder[:-1], taps, strict=True)]
+        return self.decoder(queries, memories, num_queries)
+
+    def decoder_input(self, final: Tensor, ids_shuffle: Tensor) -> Tensor:
+        """Projected visible tokens, mask tokens, and positions in shuffled order: ``(B, 1 + L, D)``."""
+        visible = self.encoder_to_decoder[-1](final)  # (B, 1 + V, D)
+        masked = self.mask_token.expand(len(visible), self.config.num_masked, -1)
+        positions = F.pad(take_tokens(self.decoder_pos_embed, ids_shuffle), (0, 0, 1, 0))  # 0 for the class token
+        return torch.cat([visible, masked.to(visible)], dim=1) + positions
+
+    def target(self, patches: Tensor, ids_shuffle: Tensor) -> Tensor:
+        """Masked patches ``(B, M, P)``, each normalised by its own mean and biased variance; 0 where constant."""
+        masked = take_tokens(patches, ids_shuffle[:, self.config.num_visible :])
+        return F.layer_norm(masked.float(), masked.shape[-1:], eps=1e-6)
