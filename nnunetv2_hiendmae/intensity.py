@@ -30,6 +30,8 @@ class ChannelIntensity:
     """False: nnU-Net's own normalisation is kept (scale 1, shift 0, no clip)."""
     clip_hu: Window = (-float("inf"), float("inf"))
     """HU range that survives the plan's own clipping."""
+    air: float = 0.0
+    """Canonical value of the plan's lowest intensity: 0 unless its clip cuts into the window."""
 
     def cuts(self, window: Window) -> bool:
         """Whether the plan's clip range removes part of the window."""
@@ -54,10 +56,12 @@ def channel_intensity(scheme: str, properties: dict[str, Any], window: Window) -
     if scheme == "CTNormalization":  # x = (clip(HU) - mean) / std
         mean, std = properties["mean"], max(properties["std"], 1e-8)
         clip = (float(properties["percentile_00_5"]), float(properties["percentile_99_5"]))
-        return ChannelIntensity(std / width, (mean - low) / width, True, clip)
+        return ChannelIntensity(std / width, (mean - low) / width, True, clip, max(clip[0] - low, 0.0) / width)
     if scheme == "HUWindowNormalization":  # x = (clip(HU) - a) / (b - a)
         a, b = properties["window_lower"], properties["window_upper"]
-        return ChannelIntensity((b - a) / width, (a - low) / width, True, (float(a), float(b)))
+        return ChannelIntensity(
+            (b - a) / width, (a - low) / width, True, (float(a), float(b)), max(a - low, 0.0) / width
+        )
     return ChannelIntensity(1.0, 0.0, False)
 
 

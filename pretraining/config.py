@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
-from nnunetv2_hiendmae.architectures.vit import ViTConfig
+from nnunetv2_hiendmae.architectures.vit import ENCODERS, ViTConfig
+from nnunetv2_hiendmae.intensity import DEFAULT_WINDOW, Window
 from pretraining.masking import num_visible
 
 Size = tuple[int, int, int]
@@ -86,3 +88,114 @@ class ModelConfig:
     def patch_dim(self) -> int:
         """P, voxels of a token over all channels."""
         return self.patch_size[0] * self.patch_size[1] * self.patch_size[2] * self.in_channels
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One pre-training run. Two runs with equal configs on one device type see the same numbers in the same order."""
+
+    datasets: tuple[str, ...]
+    """nnU-Net data set names."""
+    plans: str
+    """Plans name, e.g. nnUNetPlans."""
+    configuration: str
+    """Configuration of the plans, e.g. 3d_fullres."""
+    model: ModelConfig
+    """Architecture."""
+    steps: int
+    """Optimizer steps."""
+    batch_size: int
+    """Crops a step."""
+    window_hu: Window = DEFAULT_WINDOW
+    """HU range scaled to [0, 1]."""
+    crops_per_case: int = 1
+    """Consecutive crops taken from one case before the next; published: 8."""
+    body_fraction: float = 0.75
+    """Share of crops centred on tissue, the others anywhere; published: 6 of 8."""
+    base_lr: float = 1e-4
+    """Peak learning rate; published: 1e-4."""
+    warmup_fraction: float = 0.01
+    """Share of the steps for linear warm-up; published: 10 of 1000 epochs."""
+    weight_decay: float = 0.05
+    """Of matrices and kernels only."""
+    augment: bool = True
+    """Flips, axial 90-degree rotations, intensity scale and shift."""
+    val_every: int = 100
+    """Steps between held-out reconstruction losses and checkpoints."""
+    seed: int = 41
+    """Of weights, case order, crops, augmentation and masks."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "datasets", tuple(self.datasets))
+        object.__setattr__(self, "window_hu", tuple(self.window_hu))
+        for name in ("steps", "batch_size", "crops_per_case", "val_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if not self.window_hu[0] < self.window_hu[1]:
+            raise ValueError(f"window_hu={self.window_hu} is empty: the first value must be below the second.")
+        if not self.base_lr > 0 or self.weight_decay < 0:
+            raise ValueError(f"base_lr={self.base_lr} must be > 0, weight_decay={self.weight_decay} >= 0.")
+        if not 0 <= self.body_fraction <= 1 or not 0 <= self.warmup_fraction < 1:
+            raise ValueError(f"body_fraction={self.body_fraction}, warmup_fraction={self.warmup_fraction}: not shares.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data (JSON and ``torch.load(weights_only=True)`` safe)."""
+        return plain(asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        """Inverse of ``to_dict``."""
+        return cls(**{**values, "model": ModelConfig(**values["model"])})
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, all the way down."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Defaults that ``hiendmae_pretrain -preset`` starts from."""
+
+    encoder: ViTConfig
+    crop_size: Size
+    decoder_embed_dim: int
+    decoder_num_heads: int
+    batch_size: int
+    crops_per_case: int
+    base_lr: float
+    epochs: int
+    """Passes over the cases if neither -steps nor -epochs is given."""
+
+    def model(self, crop_size: Size, in_channels: int, mask_ratio: float) -> ModelConfig:
+        """The preset's model for a crop size and a number of channels."""
+        encoder = {f.name: getattr(self.encoder, f.name) for f in fields(ViTConfig)}
+        return ModelConfig(
+            **{**encoder, "in_channels": in_channels},
+            img_size=crop_size,
+            mask_ratio=mask_ratio,
+            decoder_embed_dim=self.decoder_embed_dim,
+            decoder_num_heads=self.decoder_num_heads,
+            decoder_self_depth=2,
+        )
+
+
+# The published runs use 24 cases × 8 crops per GPU on 4 GPUs for 1000 epochs; batch_size is one GPU's share.
+PUBLISHED = {"crop_size": (96, 96, 96), "batch_size": 192, "crops_per_case": 8, "base_lr": 1e-4, "epochs": 1000}
+PRESETS: dict[str, Preset] = {
+    "tiny": Preset(
+        encoder=ENCODERS["tiny"],
+        crop_size=(64, 64, 64),
+        decoder_embed_dim=96,
+        decoder_num_heads=4,
+        batch_size=8,
+        crops_per_case=1,
+        base_lr=1e-3,
+        epochs=100,
+    ),
+    "base_p16": Preset(encoder=ENCODERS["base_p16"], decoder_embed_dim=384, decoder_num_heads=12, **PUBLISHED),  # type: ignore[arg-type]
+    "large_p16": Preset(encoder=ENCODERS["large_p16"], decoder_embed_dim=528, decoder_num_heads=16, **PUBLISHED),  # type: ignore[arg-type]
+    "large_p12": Preset(encoder=ENCODERS["large_p12"], decoder_embed_dim=528, decoder_num_heads=16, **PUBLISHED),  # type: ignore[arg-type]
+}

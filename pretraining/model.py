@@ -187,3 +187,8 @@ class HiEndMAE(nn.Module):
         """Masked patches ``(B, M, P)``, each normalised by its own mean and biased variance; 0 where constant."""
         masked = take_tokens(patches, ids_shuffle[:, self.config.num_visible :])
         return F.layer_norm(masked.float(), masked.shape[-1:], eps=1e-6)
+
+    def mean_patch_loss(self, x: Tensor, ids_shuffle: Tensor) -> Tensor:
+        """Loss (scalar) of predicting each masked patch's mean: the share of masked patches that are not constant."""
+        target = self.target(patchify(x, self.config.patch_size), ids_shuffle)
+        return target.square().mean()

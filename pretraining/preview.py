@@ -1,0 +1,60 @@
+"""Pictures of a run: progress curves and reconstructions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pretraining.masking import patchify, take_tokens, unpatchify
+from pretraining.model import HiEndMAE
+
+
+def plot_progress(entries: list[dict[str, Any]], file: Path) -> None:
+    """``progress.png`` in nnU-Net's manner: losses with the mean-patch baseline, learning rate, speed."""
+    train = [e for e in entries if "loss" in e]
+    held_out = [e for e in entries if "val_loss" in e]
+    figure = Figure(figsize=(12, 12), layout="constrained")
+    axes = figure.subplots(3, 1, sharex=True)
+    axes[0].plot([e["step"] for e in train], [e["loss"] for e in train], "b-", lw=1, alpha=0.6, label="loss_tr")
+    steps = [e["step"] for e in held_out]
+    axes[0].plot(steps, [e["val_loss"] for e in held_out], "r-o", ms=3, label="loss_val (held-out cases)")
+    axes[0].plot(steps, [e["val_mean_patch_loss"] for e in held_out], "k--", label="predicting each patch's mean")
+    axes[0].set_ylabel("patch-normalised squared error")
+    axes[1].plot([e["step"] for e in train], [e["lr"] for e in train], "b-", label="learning rate")
+    axes[2].plot([e["step"] for e in train], [e["crops_per_s"] for e in train], "b-", label="crops/s")
+    axes[2].set_xlabel("step")
+    for axis in axes:
+        axis.legend()
+        axis.grid(alpha=0.3)
+    temporary = file.with_suffix(".tmp.png")
+    figure.savefig(temporary)
+    temporary.replace(file)
+
+
+@torch.no_grad()
+def reconstruct(model: HiEndMAE, x: Tensor, ids_shuffle: Tensor) -> tuple[Tensor, Tensor]:
+    """What the encoder saw and what the decoder made of it.
+
+    Args:
+        x: crops ``(B, C, H, W, D)`` canonical.
+        ids_shuffle: ``(B, L)``.
+
+    Returns:
+        Masked input (masked voxels NaN) and reconstruction with visible patches pasted back, both like ``x``. Each
+        predicted patch is given back the mean and the biased standard deviation that its target was normalised with.
+    """
+    config = model.config
+    model.eval()
+    pred = model(x, ids_shuffle, return_pred=True).pred[:, 1:].float()
+    order = ids_shuffle.argsort(dim=1)  # token → its place in shuffled order
+    patches = patchify(x, config.patch_size)
+    std = (patches.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    rebuilt = take_tokens(pred, order) * std + patches.mean(-1, keepdim=True)
+    masked = (order >= config.num_visible).unsqueeze(-1)
+    grid, patch = config.grid, config.patch_size
+    seen = torch.where(masked, torch.nan, patches)
+    return unpatchify(seen, patch, grid), unpatchify(torch.where(masked, rebuilt, patches), patch, grid)
