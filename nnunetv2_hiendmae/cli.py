@@ -1,13 +1,113 @@
-"""Command-line entry points of this package."""
+"""``hiendmae_plan``: fine-tuning settings as nnU-Net plans of another name."""
 
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
+from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+from nnunetv2_hiendmae.settings import BLOCK, FineTuneSettings
+from nnunetv2_hiendmae.weights import load_weights
+
+# Settings that are no single number or string on the command line, or that only the trainer writes.
+ALIASES = {"num_epochs": ["--epochs"]}
+NOT_FLAGS = ("weights_sha256",)
+
+EXAMPLE = """examples:
+  hiendmae_plan -d 17 --weights weights.pth --epochs 100
+  nnUNetv2_train 17 3d_fullres 0 -p nnUNetPlans_hiendmae -tr nnUNetTrainerHiEndMAE
+"""
+
+
+def dataset_folder(name_or_id: str) -> Path:
+    """Preprocessed folder of a data set. ``ValueError`` if nnU-Net knows no such data set."""
+    try:
+        name = maybe_convert_to_dataset_name(int(name_or_id) if name_or_id.isdigit() else name_or_id)
+        return Path(str(nnUNet_preprocessed)) / name
+    except RuntimeError as error:
+        raise ValueError(f"-d {name_or_id}: {error}") from None
+
+
+def make_plans(source: dict[str, Any], plans_name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Plans like ``source`` under another name, with ``settings`` in the block of every 3D configuration.
+
+    The preprocessed data stay those of the source: each configuration keeps its ``data_identifier``.
+
+    Raises:
+        ValueError: impossible name or settings.
+    """
+    if "__" in plans_name or not plans_name:
+        raise ValueError(
+            f"-plans_name '{plans_name}' must not be empty or contain '__' (nnU-Net splits folders there)."
+        )
+    configurations = {}
+    for name, configuration in source["configurations"].items():
+        block = {**configuration.get(BLOCK, {}), **settings}
+        FineTuneSettings(**block)
+        configurations[name] = configuration if name == "2d" else {**configuration, BLOCK: block}
+    return {**source, "plans_name": plans_name, "configurations": configurations}
+
+
+def parser() -> argparse.ArgumentParser:
+    """One flag a setting: its name, with one dash or two."""
+    p = argparse.ArgumentParser(
+        prog="hiendmae_plan",
+        usage="hiendmae_plan -d 17 [-p nnUNetPlans] [-plans_name NAME] [--weights FILE] [--epochs 100] [...]",
+        description="Write fine-tuning settings into new plans, made from existing ones without preprocessing again.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("-d", required=True, metavar="DATASET", help="data set name or id")
+    p.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans to start from [nnUNetPlans]")
+    p.add_argument("-plans_name", metavar="NAME", help="name of the new plans [<PLANS>_hiendmae]")
+    for f in fields(FineTuneSettings):
+        if f.name in NOT_FLAGS:
+            continue
+        names = [f"-{f.name}", f"--{f.name}", *ALIASES.get(f.name, [])]
+        if f.name == "window_hu":
+            p.add_argument(*names, type=float, nargs=2, metavar="HU", help="[that of the weights]")
+        else:
+            kind = {"int": int, "float": float}.get(str(f.type), str)
+            p.add_argument(*names, type=kind, metavar="X", help=f"[{f.default}]")
+    return p
+
+
+def plan(args: argparse.Namespace) -> Path:
+    """What the command does; ``ValueError`` for a user's mistake. Returns the new plans file."""
+    folder = dataset_folder(args.d)
+    source_file, plans_name = folder / f"{args.p}.json", args.plans_name or f"{args.p}_hiendmae"
+    target = folder / f"{plans_name}.json"
+    if not source_file.is_file():
+        raise ValueError(f"{source_file} does not exist. Run 'nnUNetv2_plan_and_preprocess -d {args.d}' first.")
+    if target.is_file() and BLOCK not in str(load_json(str(target))["configurations"]):
+        raise ValueError(f"{target} exists and was not written by hiendmae_plan; choose another -plans_name.")
+    given = {f.name: getattr(args, f.name, None) for f in fields(FineTuneSettings)}
+    settings = {name: value for name, value in given.items() if value is not None}
+    if args.weights is not None:
+        weights = load_weights(args.weights)
+        settings |= {"weights": str(weights.path.absolute()), "weights_sha256": weights.sha256}
+    plans = make_plans(load_json(str(source_file)), plans_name, settings)
+    save_json(plans, str(target), sort_keys=False)
+    return target
 
 
 def plan_entry() -> NoReturn:
-    raise SystemExit(argparse.ArgumentParser().format_help())
+    """Entry point; exit 2 and one line for a user's mistake."""
+    p = parser()
+    args = p.parse_args()
+    try:
+        target = plan(args)
+    except ValueError as error:
+        p.exit(2, f"hiendmae_plan: error: {error}\n")
+    name = target.stem
+    print(f"Plans written to {target}")
+    print(f"Train with: nnUNetv2_train {args.d} 3d_fullres 0 -p {name} -tr nnUNetTrainerHiEndMAE")
+    p.exit(0)
 
 
 def import_weights_entry() -> NoReturn:
