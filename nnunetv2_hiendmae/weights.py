@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def save_weights(path: Path, encoder: State, header: dict[str, Any]) -> str:
     """Write a weights file atomically; ``header`` gains versions, sha256 and citation. Returns the sha256."""
     sha256 = tensors_sha256(encoder)
     header = {
-        **header,
+        **json.loads(json.dumps(header)),  # plain data or an error now, not when it is loaded
         "sha256": sha256,
         "versions": {"nnunetv2_hiendmae": __version__, "torch": torch.__version__},
         "citation": CITATION,

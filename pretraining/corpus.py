@@ -78,7 +78,8 @@ class DataSet:
 def dataset_name(name_or_id: str) -> str:
     """nnU-Net's full data set name. ``ValueError`` if there is none, or an environment variable is missing."""
     try:
-        return maybe_convert_to_dataset_name(int(name_or_id) if name_or_id.isdigit() else name_or_id)
+        # nnU-Net returns a numpy string, which a checkpoint of plain data must not hold.
+        return str(maybe_convert_to_dataset_name(int(name_or_id) if name_or_id.isdigit() else name_or_id))
     except RuntimeError as error:
         raise ValueError(f"-d {name_or_id}: {error}") from None
 
