@@ -91,11 +91,12 @@ def save_weights(path: Path, encoder: State, header: dict[str, Any]) -> str:
     """Write a weights file atomically; ``header`` gains versions, sha256 and citation. Returns the sha256."""
     sha256 = tensors_sha256(encoder)
     header = {
-        **json.loads(json.dumps(header)),  # plain data or an error now, not when it is loaded
+        **header,
         "sha256": sha256,
         "versions": {"nnunetv2_hiendmae": __version__, "torch": torch.__version__},
         "citation": CITATION,
     }
+    header = json.loads(json.dumps(header))  # plain data, or an error now rather than when it is loaded
     data = {"format": FORMAT, "version": FORMAT_VERSION, "header": header, "encoder": encoder}
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:

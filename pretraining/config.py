@@ -187,7 +187,7 @@ PUBLISHED = {"crop_size": (96, 96, 96), "batch_size": 192, "crops_per_case": 8, 
 PRESETS: dict[str, Preset] = {
     "tiny": Preset(
         encoder=ENCODERS["tiny"],
-        crop_size=(64, 64, 64),
+        crop_size=(48, 48, 48),
         decoder_embed_dim=96,
         decoder_num_heads=4,
         batch_size=8,

@@ -10,23 +10,30 @@ import SimpleITK as sitk
 from scipy.ndimage import gaussian_filter
 
 LABELS = {"background": 0, "liver": 1, "kidneys": 2, "spine": 3, "aorta": 4}
-SPACING_MM = (3.0, 3.0, 4.0)
+Spacing = tuple[float, float, float]
+
+SPACING_MM: Spacing = (3.0, 3.0, 4.0)
 """x, y, z."""
 
 
 def ellipsoid(grid: np.ndarray, centre: tuple[float, ...], radii: tuple[float, ...]) -> np.ndarray:
     """Mask of the voxels of ``grid`` ``(3, …)`` in mm inside an ellipsoid."""
-    return sum(((g - c) / r) ** 2 for g, c, r in zip(grid, centre, radii, strict=True)) < 1  # type: ignore[return-value]
+    return np.sum([((g - c) / r) ** 2 for g, c, r in zip(grid, centre, radii, strict=True)], axis=0) < 1
 
 
-def make_phantom(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def make_phantom(rng: np.random.Generator, spacing: Spacing = SPACING_MM) -> tuple[np.ndarray, np.ndarray]:
     """One trunk: HU (float32) and labels (uint8), both ``(z, y, x)`` of a random non-cubic size.
 
     Air -1000, lungs -800, fat -100, muscle 50, liver 110, kidneys 180, aorta 150 to 250, vertebral bone 400 HU, each
     with its own offset per patient, smooth texture, scanner blur and noise of 12 HU.
+
+    Args:
+        rng: draws the patient.
+        spacing: x, y, z in mm; the extent is about 240 × 200 × 200 mm.
     """
-    size = (int(rng.integers(44, 56)), int(rng.integers(60, 72)), int(rng.integers(72, 84)))
-    mm = [(np.arange(n) - n / 2) * s for n, s in zip(size, SPACING_MM[::-1], strict=True)]
+    extent = rng.uniform((176, 180, 216), (224, 216, 252))  # z, y, x in mm
+    size = tuple(int(e / s) for e, s in zip(extent, spacing[::-1], strict=True))
+    mm = [(np.arange(n) - n / 2) * s for n, s in zip(size, spacing[::-1], strict=True)]
     grid = np.stack(np.meshgrid(*mm, indexing="ij"))  # (3, z, y, x) in mm
     jitter = lambda *values: tuple(v + rng.normal(0, 3) for v in values)  # noqa: E731
     scale = rng.uniform(0.9, 1.05)
@@ -54,15 +61,17 @@ def make_phantom(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(hu, -1024, 3071), labels
 
 
-def write_phantoms(raw: Path, name: str, num_training: int, num_test: int, seed: int = 0) -> Path:
+def write_phantoms(
+    raw: Path, name: str, num_training: int, num_test: int, seed: int = 0, spacing: Spacing = SPACING_MM
+) -> Path:
     """Write a data set in nnU-Net's raw format (imagesTr, labelsTr, imagesTs, labelsTs, dataset.json); its folder."""
     folder = raw / name
     for i in range(num_training + num_test):
         split = "Tr" if i < num_training else "Ts"
-        hu, labels = make_phantom(np.random.default_rng((seed, i)))
+        hu, labels = make_phantom(np.random.default_rng((seed, i)), spacing)
         for kind, array, suffix in (("images", hu.astype(np.int16), "_0000"), ("labels", labels, "")):
             image = sitk.GetImageFromArray(array)
-            image.SetSpacing(SPACING_MM)
+            image.SetSpacing(spacing)
             file = folder / f"{kind}{split}" / f"phantom_{i:03d}{suffix}.nii.gz"
             file.parent.mkdir(parents=True, exist_ok=True)
             sitk.WriteImage(image, str(file), useCompression=True)

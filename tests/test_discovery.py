@@ -1,0 +1,61 @@
+"""nnU-Net finds our classes, and the two packages depend on each other in one direction only."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nnunetv2
+import pytest
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+import nnunetv2_hiendmae
+
+PACKAGE = Path(nnunetv2_hiendmae.__file__).parent
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainerHiEndMAE", "nnUNetTrainerHiEndMAE_scratch"])
+def test_nnunet_finds_the_trainer_a_plain_import_gives(name: str) -> None:
+    # nnUNetv2_train and nnUNetPredictor both resolve the trainer through this function.
+    assert recursive_find_trainer_class_by_name(name) is getattr(
+        importlib.import_module("nnunetv2_hiendmae.trainer"), name
+    )
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "module"),
+    [
+        ("experiment_planning", "HiEndMAEPlanner", "nnunetv2_hiendmae.planner"),
+        ("preprocessing/normalization", "HUWindowNormalization", "nnunetv2_hiendmae.normalization"),
+    ],
+)
+def test_nnunet_finds_planner_and_normalization(folder: str, name: str, module: str) -> None:
+    where = os.path.join(nnunetv2.__path__[0], folder)
+    found = recursive_find_python_class(where, name, f"nnunetv2.{folder.replace('/', '.')}")
+    assert found is getattr(importlib.import_module(module), name)
+
+
+def test_ext_trainer_door_gives_the_same_class() -> None:
+    # Where nnunetv2 is a source checkout, the door folder is named in nnUNet_extTrainer.
+    found = recursive_find_python_class(str(PACKAGE / "doors" / "trainer"), "nnUNetTrainerHiEndMAE", None)
+    assert found is importlib.import_module("nnunetv2_hiendmae.trainer").nnUNetTrainerHiEndMAE
+
+
+def test_using_weights_never_imports_making_them() -> None:
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.split(".")[0] == "pretraining" for name in names), file
+
+
+def test_package_imports_where_pretraining_is_absent() -> None:
+    modules = [".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts) for p in PACKAGE.rglob("*.py")]
+    code = f"import sys; sys.modules['pretraining'] = None\nfor m in {modules!r}: __import__(m)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,144 @@
+"""Fine-tuning through nnU-Net's real commands: train, continue, validate, predict."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import CHECKOUT, DATASET, World, shared_folder
+
+from nnunetv2_hiendmae.weights import load_weights
+
+PLANS = "nnUNetPlans_hiendmae"
+TRAIN = f"nnUNetv2_train 901 3d_fullres {{fold}} -tr nnUNetTrainerHiEndMAE -p {PLANS} -device cpu"
+SHORT = "--epochs 2 --num_iterations_per_epoch 2 --num_val_iterations_per_epoch 1 --feature_size 4"
+
+
+def results(world: World, trainer: str = "nnUNetTrainerHiEndMAE", plans: str = PLANS) -> Path:
+    return world.root / "results" / DATASET / f"{trainer}__{plans}__3d_fullres"
+
+
+@pytest.fixture(scope="module")
+def trained(world: World, pretrained: Path) -> World:
+    """Fold 0 trained for two epochs; the log says what was loaded."""
+    world.run(f"hiendmae_plan -d 901 {SHORT}")
+    log = world.run(TRAIN.format(fold=0))
+    sha256 = load_weights(pretrained).sha256
+    assert f"{pretrained} (the newest finished pre-training under nnUNet_results), sha256 {sha256}" in log
+    assert "dropped: cls_token; fresh: pos_embed (sine-cosine), the whole segmentation decoder" in log
+    return world
+
+
+def test_results_say_how_they_were_made(trained: World, pretrained: Path) -> None:
+    block = json.loads((results(trained) / "plans.json").read_text())["configurations"]["3d_fullres"]["hiendmae"]
+    weights = load_weights(pretrained)
+    assert block["architecture"] == weights.header["architecture"]
+    assert block["weights_sha256"] == weights.sha256
+    assert (block["num_epochs"], block["feature_size"], block["window_hu"]) == (2, 4, [-175.0, 250.0])
+    assert json.loads((results(trained) / "fold_0" / "validation" / "summary.json").read_text())["foreground_mean"]
+
+
+def test_continue_validate_predict_without_weights(trained: World, pretrained: Path) -> None:
+    """``--c``, ``--val`` and predict with the weights file moved away and no variable but nnU-Net's three."""
+    fold = results(trained) / "fold_0"
+    hidden = pretrained.with_name("moved_away")
+    pretrained.rename(hidden)
+    try:
+        trained.run(f"hiendmae_plan -d 901 {SHORT.replace('--epochs 2', '--epochs 3')}")
+        shutil.copy(fold / "checkpoint_final.pth", fold / "checkpoint_latest.pth")
+        (fold / "checkpoint_final.pth").unlink()
+        assert "Epoch 2" in trained.run(TRAIN.format(fold=0) + " --c")
+        (fold / "validation" / "summary.json").unlink()
+        trained.run(TRAIN.format(fold=0) + " --val")
+        assert (fold / "validation" / "summary.json").is_file()
+        raw, out = trained.root / "raw" / DATASET, trained.root / "predictions"
+        trained.run(
+            f"nnUNetv2_predict -i {raw}/imagesTs -o {out} -d 901 -c 3d_fullres -f 0 -tr nnUNetTrainerHiEndMAE "
+            f"-p {PLANS} -device cpu --disable_tta"
+        )
+        assert len(list(out.glob("*.nii.gz"))) == 1
+        log = trained.run(TRAIN.format(fold=1), ok=False)
+        assert "No Hi-End-MAE weights found" in log and "Traceback" not in log
+    finally:
+        hidden.rename(pretrained)
+
+
+def test_fold_all_and_weights_from_the_environment(trained: World, pretrained: Path, tmp_path: Path) -> None:
+    copy = shutil.copy(pretrained, tmp_path / "elsewhere.pth")
+    log = trained.run(TRAIN.format(fold="all"), HIENDMAE_WEIGHTS=str(copy))
+    assert f"{copy} (named by the environment variable HIENDMAE_WEIGHTS)" in log
+    assert (results(trained) / "fold_all" / "checkpoint_final.pth").is_file()
+
+
+def test_folds_of_different_networks_are_refused(trained: World) -> None:
+    trained.run(f"hiendmae_plan -d 901 {SHORT.replace('--feature_size 4', '--feature_size 6')}")
+    try:
+        log = trained.run(TRAIN.format(fold=1), ok=False)
+        assert "hold another network than fold 1 would" in log and "Traceback" not in log
+    finally:
+        trained.run(f"hiendmae_plan -d 901 {SHORT}")
+
+
+def test_scratch_needs_no_weights(trained: World, pretrained: Path) -> None:
+    hidden = pretrained.with_name("moved_away")
+    pretrained.rename(hidden)
+    try:
+        log = trained.run(TRAIN.format(fold=0).replace("HiEndMAE ", "HiEndMAE_scratch "))
+    finally:
+        hidden.rename(pretrained)
+    assert "Training from random initialisation." in log
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("-p nnUNetPlans -configuration", "unrecognized arguments"),
+        ("--epochs 0", "num_epochs=0 must be an integer of at least 1"),
+        ("--epochs many", "invalid int value: 'many'"),
+        ("--architecture huge", "Unknown architecture 'huge'"),
+        ("--weights nowhere.pth", "The weights file nowhere.pth does not exist."),
+        ("--layer_decay 2", "layer_decay=2.0 must be in (0, 1]"),
+        ("-p NoPlans", "NoPlans.json does not exist. Run 'nnUNetv2_plan_and_preprocess"),
+        ("-plans_name a__b", "must not be empty or contain '__'"),
+        ("-plans_name nnUNetPlans", "was not written by hiendmae_plan"),
+    ],
+)
+def test_plan_refuses_in_one_line(world: World, flags: str, message: str) -> None:
+    log = world.run(f"hiendmae_plan -d 901 {flags}", ok=False)
+    assert message in log and "Traceback" not in log
+
+
+def test_2d_configuration_is_refused(world: World, pretrained: Path) -> None:
+    world.run("nnUNetv2_preprocess -d 901 -c 2d -np 1")
+    log = world.run("nnUNetv2_train 901 2d 0 -tr nnUNetTrainerHiEndMAE -device cpu", ok=False)
+    assert "is a 3D network; train the 2d configuration with nnUNetTrainer" in log and "Traceback" not in log
+
+
+@pytest.mark.slow
+def test_default_plans_of_real_ct(tmp_path: Path) -> None:
+    """Dataset501 under nnU-Net's default plans: anisotropic 80 × 128 × 128 patches, clipped at -116 HU."""
+    data = shared_folder() / "data" / "Dataset501_OpenKBP"
+    world = World(tmp_path)
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / data.name).symlink_to(data)
+    world.run("nnUNetv2_plan_and_preprocess -d 501 -c 3d_fullres -np 2", nnUNet_def_n_proc="2")
+    world.run("hiendmae_pretrain -d 501 -preset tiny -device cpu -steps 4 -val_every 4 -num_workers 1")
+    short = SHORT.replace("--epochs 2", "--epochs 1")
+    world.run(f"hiendmae_plan -d 501 {short}")
+    plans = json.loads((tmp_path / "preprocessed" / data.name / f"{PLANS}.json").read_text())
+    assert plans["configurations"]["3d_fullres"]["patch_size"] == [80, 128, 128]
+    fold = tmp_path / "results" / data.name / f"nnUNetTrainerHiEndMAE__{PLANS}__3d_fullres" / "fold_0"
+    splits = [{"train": ["kbp_001", "kbp_002"], "val": ["kbp_004"]}]
+    (tmp_path / "preprocessed" / data.name / "splits_final.json").write_text(json.dumps(splits))
+    log = world.run(TRAIN.format(fold=0).replace("901", "501"))
+    assert "clip images to channel 0: -116…1638 HU, which cuts into the window -175…250 HU" in log
+    assert json.loads((fold / "validation" / "summary.json").read_text())["metric_per_case"]
+
+
+def test_readme_tree_names_every_file() -> None:
+    readme = (CHECKOUT / "README.md").read_text()
+    files = [p for folder in ("nnunetv2_hiendmae", "pretraining") for p in (CHECKOUT / folder).rglob("*.py")]
+    missing = [p.name for p in files if p.name != "__init__.py" and p.name not in readme]
+    assert not missing
