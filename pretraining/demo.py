@@ -27,15 +27,15 @@ from pretraining.preview import reconstruct
 
 DATASET = "Dataset999_SyntheticTrunk"
 PLANS = "nnUNetPlans_hiendmae"
-MODEL = f"-tr nnUNetTrainerHiEndMAE -p {PLANS} -c 3d_fullres -f 0"
+PREDICT = f"-d 999 -tr nnUNetTrainerHiEndMAE -p {PLANS} -c 3d_fullres -f 0 --disable_tta -npp 1 -nps 1"
 MARKER = "made_by_hiendmae_demo"
 COMMANDS = (
     "nnUNetv2_plan_and_preprocess -d 999 -c 3d_fullres -np 2",
-    "hiendmae_pretrain -d 999 -preset tiny -device {device} -steps {pretrain_steps} -val_every 50",
-    "hiendmae_plan -d 999 --epochs {epochs} --num_iterations_per_epoch 20 --num_val_iterations_per_epoch 2 "
+    "hiendmae_pretrain -d 999 -preset tiny -device {device} -steps {pretrain_steps} -crop_size 32 32 32 -val_every 50",
+    "hiendmae_plan -d 999 --epochs {epochs} --num_iterations_per_epoch 25 --num_val_iterations_per_epoch 2 "
     "--feature_size 8 --initial_lr 1e-3",
     f"nnUNetv2_train 999 3d_fullres 0 -tr nnUNetTrainerHiEndMAE -p {PLANS} -device {{device}}",
-    f"nnUNetv2_predict -i {{raw}}/imagesTs -o {{out}}/predictions -d 999 {MODEL} -device {{device}} --disable_tta",
+    f"nnUNetv2_predict -i {{raw}}/imagesTs -o {{out}}/predictions {PREDICT} -device {{device}}",
     "nnUNetv2_evaluate_folder {raw}/labelsTs {out}/predictions -djfile {raw}/dataset.json "
     f"-pfile {{preprocessed}}/{PLANS}.json",
 )
@@ -154,8 +154,8 @@ def main() -> None:
     )
     p.add_argument("-o", type=Path, default=Path("hiendmae_demo"), metavar="FOLDER", help="scratch [./hiendmae_demo]")
     p.add_argument("-device", default="cpu", choices=("cpu", "cuda", "mps"), help="[cpu]")
-    p.add_argument("-pretrain_steps", type=int, default=150, help="[150]")
-    p.add_argument("-epochs", type=int, default=8, help="epochs of fine-tuning, 20 iterations each [8]")
+    p.add_argument("-pretrain_steps", type=int, default=200, help="[200]")
+    p.add_argument("-epochs", type=int, default=8, help="epochs of fine-tuning, 25 iterations each [8]")
     args = p.parse_args()
     try:
         demo(args.o.absolute(), args.device, args.pretrain_steps, args.epochs)

@@ -9,13 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from timm.layers import Mlp
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunetv2_hiendmae.architectures.blocks import Block, CrossAttentionBlock, LayerNorm, init_linear
 from nnunetv2_hiendmae.architectures.pos_embed import sincos_pos_embed
-from nnunetv2_hiendmae.architectures.vit import LayerNorm, ViT, init_linear
+from nnunetv2_hiendmae.architectures.vit import ViT
 from pretraining.config import ModelConfig
 from pretraining.masking import patchify, random_shuffles, take_tokens
 
@@ -32,76 +31,13 @@ class HiEndMAEOutput:
     """``(B, L)`` the order used; the first V entries were visible."""
 
 
-class Attention(nn.Module):
-    """Multi-head attention whose queries may be fewer than its keys, or come from elsewhere."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.proj = nn.Linear(dim, dim)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """``(B, Nq, D), (B, Nk, D), (B, Nk, D)`` to ``(B, Nq, D)``."""
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, N, D/heads)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class SelfAttention(Attention):
-    """All tokens are keys; the last ``num_queries`` of them are queries."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__(dim, num_heads)
-        self.qkv = nn.Linear(dim, 3 * dim)
-
-    def forward(self, x: Tensor, num_queries: int) -> Tensor:
-        if num_queries == x.shape[1]:
-            return self.attend(*self.qkv(x).chunk(3, dim=-1))
-        dim = x.shape[-1]
-        q = F.linear(x[:, -num_queries:], self.qkv.weight[:dim], self.qkv.bias[:dim])
-        kv = F.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:])
-        return self.attend(q, *kv.chunk(2, dim=-1))
-
-
-class CrossAttention(Attention):
-    """Decoder tokens query the encoder's memory."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__(dim, num_heads)
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
-
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        return self.attend(self.q(x), *self.kv(memory).chunk(2, dim=-1))
-
-
-class CrossAttentionBlock(nn.Module):
-    """Self-attention, cross-attention to one memory (not normalised, as published), MLP; all pre-norm residual."""
-
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
-        super().__init__()
-        self.norm0 = LayerNorm(dim)
-        self.self_attn = SelfAttention(dim, num_heads)
-        self.norm1 = LayerNorm(dim)
-        self.cross_attn = CrossAttention(dim, num_heads)
-        self.norm2 = LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-
-    def forward(self, x: Tensor, memory: Tensor, num_queries: int) -> Tensor:
-        """Decoder tokens ``(B, N, D)`` and memory ``(B, 1 + V, D)`` to the last ``num_queries`` tokens, updated."""
-        x = x[:, -num_queries:] + self.self_attn(self.norm0(x), num_queries)
-        x = x + self.cross_attn(self.norm1(x), memory)
-        return x + self.mlp(self.norm2(x))
-
-
 class Decoder(nn.Module):
     """Hierarchical dense decoding: self-attention blocks, then one cross-attention block a tap, deep to shallow."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         dim, heads, ratio = config.decoder_embed_dim, config.decoder_num_heads, config.mlp_ratio
-        self.blocks = nn.ModuleList(
-            Block(dim, heads, ratio, qkv_bias=True, norm_layer=LayerNorm) for _ in range(config.decoder_self_depth)
-        )
+        self.blocks = nn.ModuleList(Block(dim, heads, ratio) for _ in range(config.decoder_self_depth))
         self.cross_attention_blocks = nn.ModuleList(CrossAttentionBlock(dim, heads, ratio) for _ in config.taps)
         self.norm = LayerNorm(dim)
         self.head = nn.Linear(dim, config.patch_dim)

@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter
 LABELS = {"background": 0, "liver": 1, "kidneys": 2, "spine": 3, "aorta": 4}
 Spacing = tuple[float, float, float]
 
-SPACING_MM: Spacing = (3.0, 3.0, 4.0)
+SPACING_MM: Spacing = (4.0, 4.0, 5.0)
 """x, y, z."""
 
 

@@ -9,20 +9,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunetv2_hiendmae.architectures.blocks import Block, LayerNorm, init_linear
 from nnunetv2_hiendmae.architectures.pos_embed import Grid, interpolate_pos_embed, sincos_pos_embed
-
-
-# The published pre-training uses 1e-6 throughout; its downstream code silently has 1e-5 (MONAI's default). We keep
-# 1e-6 everywhere, so that features after loading are those of pre-training.
-class LayerNorm(nn.LayerNorm):
-    """Layer norm with the eps of pre-training."""
-
-    def __init__(self, dim: int, **kwargs: Any) -> None:
-        super().__init__(dim, eps=1e-6, **kwargs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,14 +120,7 @@ class ViT(nn.Module):
         else:
             self.register_buffer("pos_embed", pos_embed, persistent=False)
         self.blocks = nn.ModuleList(
-            Block(
-                config.embed_dim,
-                config.num_heads,
-                config.mlp_ratio,
-                qkv_bias=True,
-                drop_path=drop_path * i / max(config.depth - 1, 1),
-                norm_layer=LayerNorm,
-            )
+            Block(config.embed_dim, config.num_heads, config.mlp_ratio, drop_path * i / max(config.depth - 1, 1))
             for i in range(config.depth)
         )
         self.norm = LayerNorm(config.embed_dim)
@@ -173,10 +157,3 @@ class ViT(nn.Module):
             if i in self.config.taps:
                 taps.append(tokens)
         return taps, self.norm(tokens)
-
-
-def init_linear(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases for linear layers, as published (qkv as one matrix)."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
