@@ -8,7 +8,3 @@ from typing import NoReturn
 
 def plan_entry() -> NoReturn:
     raise SystemExit(argparse.ArgumentParser().format_help())
-
-
-def import_weights_entry() -> NoReturn:
-    raise SystemExit(argparse.ArgumentParser().format_help())
