@@ -33,8 +33,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-num_heads", type=int, metavar="N", help="attention heads, if the width is not a published one")
     p.add_argument("-img_size", type=int, nargs=3, metavar=("H", "W", "D"),
                    help="crop of the pre-training, if a learned position embedding is not on a cube")  # fmt: skip
-    p.add_argument("-window_hu", type=float, nargs=2, default=DEFAULT_WINDOW, metavar=("LOW", "HIGH"),
-                   help="HU range that the pre-training scaled to [0, 1] [-175 250]")  # fmt: skip
+    p.add_argument("-window_hu", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                   help="HU range that the pre-training scaled to [0, 1], if it was not -175 250")  # fmt: skip
     p.add_argument("--nnssl", action="store_true", help="write nnssl's format instead of a weights file")
     return p
 
@@ -42,19 +42,24 @@ def parser() -> argparse.ArgumentParser:
 def read(args: argparse.Namespace) -> Imported:
     """The encoder in the source, whichever of the three formats it has. ``ValueError`` if it has none of them."""
     checkpoint = load_tensors(args.source)
-    if isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT:
+    ours = isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT
+    if not ours and not (isinstance(checkpoint, dict) and PLAN in checkpoint):
+        return import_official(checkpoint, args.num_heads, args.img_size, tuple(args.window_hu or DEFAULT_WINDOW))
+    given = [f"-{name}" for name in ("num_heads", "img_size", "window_hu") if getattr(args, name) is not None]
+    if given:
+        raise ValueError(f"{args.source} has a header that says what {', '.join(given)} would; leave it out.")
+    if ours:
         weights = load_weights(args.source)
         return Imported("a Hi-End-MAE weights file", weights.encoder, weights.header, [])
-    if isinstance(checkpoint, dict) and PLAN in checkpoint:
-        return from_nnssl(checkpoint)
-    return import_official(checkpoint, args.num_heads, args.img_size, tuple(args.window_hu))
+    return from_nnssl(checkpoint)
 
 
 def report(imported: Imported) -> str:
     """What was used and dropped, by module, and what a segmentation network will have fresh."""
     parameters = sum(tensor.numel() for tensor in imported.encoder.values())
-    dropped = Counter(key.split(".")[0] for key in imported.dropped)
-    listed = ", ".join(name if n == 1 else f"{name}.* ({n} tensors)" for name, n in sorted(dropped.items()))
+    modules = Counter(key.split(".")[0] for key in imported.dropped)
+    single = [key for key in imported.dropped if modules[key.split(".")[0]] == 1]
+    listed = ", ".join(single + [f"{name}.* ({n} tensors)" for name, n in sorted(modules.items()) if n > 1])
     architecture = ", ".join(f"{k} {v}" for k, v in imported.header["architecture"].items())
     return (
         f"Read {imported.kind}.\n"
@@ -70,14 +75,14 @@ def convert(args: argparse.Namespace) -> None:
         raise ValueError(f"The folder of -o {args.output} does not exist.")
     if args.output.exists() and args.source.exists() and args.output.samefile(args.source):
         raise ValueError(f"-o {args.output} is the source itself; name another file.")
-    if not args.window_hu[0] < args.window_hu[1]:
+    if args.window_hu is not None and not args.window_hu[0] < args.window_hu[1]:
         raise ValueError(f"-window_hu {args.window_hu[0]:g} {args.window_hu[1]:g}: the first must be below the second.")
     imported = read(args)
     print(report(imported))
     if args.nnssl:
         with atomic_file(args.output) as file:
             torch.save(to_nnssl(imported.encoder, imported.header), file)
-        print(f"Wrote {args.output} in nnssl's format.")
+        print(f"Wrote {args.output} in nnssl's format, with the position embedding and without the class token.")
         return
     sha256 = save_weights(args.output, imported.encoder, imported.header)
     print(f"Wrote {args.output}, sha256 {sha256}.")

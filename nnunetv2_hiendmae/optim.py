@@ -68,6 +68,15 @@ def warmup_cosine(position: float, total: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (position - warmup) / (total - warmup)))
 
 
+def warmup_cosine_epochs(epoch: int, total: int, warmup: int) -> float:
+    """Published fine-tuning schedule, as a factor on the peak, for epochs 0 to ``total`` - 1.
+
+    It counts the warm-up from 0 to 1 over ``warmup`` epochs inclusive, so epoch 0 learns nothing and epochs
+    ``warmup`` - 1 and ``warmup`` are both at the peak. Our trainer uses ``warmup_poly``; this is for comparison runs.
+    """
+    return epoch / (warmup - 1) if epoch < warmup else warmup_cosine(epoch, total, warmup)
+
+
 def warmup_poly(epoch: int, total: int, warmup: int) -> float:
     """nnU-Net's schedule for transformers, as a factor on the peak: linear from 1/warmup, then (1 - t)^0.9."""
     if epoch < warmup:
