@@ -19,9 +19,10 @@ class HiEndMAEPlanner(ExperimentPlanner):
     ``nnUNetv2_plan_and_preprocess -d 17 -pl HiEndMAEPlanner`` writes ``HiEndMAEPlans`` with 3d_fullres only: the
     network is 3D, and 96³ voxels of 1.5 mm cover 144 mm, so a low-resolution stage is not part of the method.
     The batch size is nnU-Net's rule for its U-Net at this patch size: what ``-gpu_memory_target`` allows, at most 5 %
-    of the data set's voxels, at least 2; a target too small for two patches shrinks neither. The rule does not know the
-    ViT: edit ``batch_size`` in the plans if it does not fit. ``-overwrite_target_spacing`` is respected (where one axis is more than four times as coarse as the others the
-    patch has fewer voxels there). The plans train ``nnUNetTrainer`` as well, for comparison on the same data.
+    of the data set's voxels, at least 2; a target too small for two patches shrinks neither. The rule does not know
+    the ViT: edit ``batch_size`` in the plans if it does not fit. ``-overwrite_target_spacing`` is respected (an axis
+    more than four times as coarse as the others gets fewer than 96 voxels). The plans train ``nnUNetTrainer`` as
+    well, for comparison on the same data.
     """
 
     UNet_vram_target_GB: float
@@ -71,7 +72,13 @@ class HiEndMAEPlanner(ExperimentPlanner):
         return plan
 
     def save_plans(self, plans: dict[str, Any]) -> None:
-        """Write 3d_fullres only, with the window beside each CT channel's intensity properties."""
+        """Write 3d_fullres only, with the window beside each CT channel's intensity properties.
+
+        Raises:
+            ValueError: the data set is 2D.
+        """
+        if "3d_fullres" not in plans["configurations"]:
+            raise ValueError(f"{self.dataset_name} is two-dimensional; HiEndMAEPlanner plans for a 3D network only.")
         plans["configurations"] = {"3d_fullres": plans["configurations"]["3d_fullres"]}
         schemes = plans["configurations"]["3d_fullres"]["normalization_schemes"]
         for channel, scheme in enumerate(schemes):
