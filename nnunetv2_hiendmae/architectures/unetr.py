@@ -95,8 +95,9 @@ class HiEndMAEUNETR(nn.Module):
         config = ViTConfig(**{**encoder.to_dict(), "in_channels": input_channels})
         patch, n = config.patch_size, len(config.taps)
         grid = tuple(-(-s // p) for s, p in zip(img_size, patch, strict=True))
-        # Up-sampling steps from the token grid, deep to shallow: 2 as long as a token still has voxels to give.
-        steps: list[Size] = [tuple(2 if 2 ** (k + 1) <= p else 1 for p in patch) for k in range(n)]  # type: ignore[misc]
+        # Up-sampling steps from the token grid, deep to shallow: 2 while that stays below full resolution, where only
+        # the thin last block works (published patches of 12 and 16: 2, 2, 2).
+        steps: list[Size] = [tuple(2 if 2 ** (k + 1) < p else 1 for p in patch) for k in range(n)]  # type: ignore[misc]
         features = [feature_size * 2 ** (n - k) for k in range(n)]  # after step k; [8f, 4f, 2f] for three taps
 
         self.intensity = intensity or CanonicalIntensity.identity(input_channels)
@@ -120,8 +121,8 @@ class HiEndMAEUNETR(nn.Module):
         y = to_volume(final, grid)
         for path, up, tap in zip(self.tap_paths, self.up_blocks, reversed(taps), strict=True):
             y = up(y, path(to_volume(tap, grid)))
-        # What the steps could not reach (12 = 2·2·2·1.5) is interpolated, then the padding is cut off.
-        y = F.interpolate(y, size=tokens_in.shape[2:], mode="trilinear") if y.shape[2:] != tokens_in.shape[2:] else y
+        # The rest of the way (12 = 2·2·2·1.5) is interpolated, then the padding is cut off.
+        y = F.interpolate(y, size=tokens_in.shape[2:], mode="trilinear")
         y = self.reduce(y)[:, :, : size[0], : size[1], : size[2]]
         return self.seg_head(self.mix(torch.cat([y, self.image_path(x)], dim=1)))
 
