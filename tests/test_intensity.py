@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
+from golden import SHARED
 from nnunetv2.preprocessing.normalization.default_normalization_schemes import CTNormalization, ZScoreNormalization
 
 from nnunetv2_hiendmae.architectures import HiEndMAEUNETR, ViTConfig
@@ -21,6 +23,7 @@ from nnunetv2_hiendmae.normalization import HUWindowNormalization
 HEAD_NECK = {"mean": 255.415, "std": 444.195, "percentile_00_5": -116.0, "percentile_99_5": 1638.0}
 SARCOMA = {"mean": 30.888, "std": 54.590, "percentile_00_5": -111.0, "percentile_99_5": 165.0}
 TRUNK = {"mean": 4.999, "std": 256.367, "percentile_00_5": -992.0, "percentile_99_5": 708.0}
+CT_FOLDER = SHARED / "data" / "Dataset501_OpenKBP" / "imagesTr"
 PROPERTIES = {"head and neck": HEAD_NECK, "sarcoma": SARCOMA, "trunk": TRUNK}
 
 
@@ -57,6 +60,21 @@ def test_nnunet_plans(properties, target):
     # What the plans' clip cut off arrives as the clip's limit: the nearest that is left of it.
     limits = window(np.clip(hu, low, high), *target)
     np.testing.assert_allclose(actual, limits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not CT_FOLDER.is_dir(), reason=f"real CT is not in {CT_FOLDER}")
+def test_a_real_ct_under_three_plans():
+    """A head-and-neck CT under its own data set's plans, which cut at -116 HU, and under HiEndMAEPlanner's."""
+    image = sitk.ReadImage(str(min(CT_FOLDER.glob("*.nii.gz"))))
+    hu = sitk.GetArrayFromImage(image)
+    expected = window(hu, *DEFAULT_WINDOW)
+    stock = canonical("CTNormalization", HEAD_NECK, hu)
+    ours = canonical("HUWindowNormalization", {"window_lower": -175.0, "window_upper": 250.0}, hu)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
+    common = hu >= -116
+    assert 0.05 < common.mean() < 0.95
+    np.testing.assert_allclose(stock[common], expected[common], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(stock[~common], (175 - 116) / 425, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("target", [DEFAULT_WINDOW, (-100.0, 200.0)])
