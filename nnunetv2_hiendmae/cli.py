@@ -108,7 +108,3 @@ def plan_entry() -> NoReturn:
     print(f"Plans written to {target}")
     print(f"Train with: nnUNetv2_train {args.d} 3d_fullres 0 -p {name} -tr nnUNetTrainerHiEndMAE")
     p.exit(0)
-
-
-def import_weights_entry() -> NoReturn:
-    raise SystemExit(argparse.ArgumentParser().format_help())

@@ -19,12 +19,17 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and name.rpartition(".")[2] not in NO_DECAY
 
 
-def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float, **extra: Any) -> list[dict[str, Any]]:
-    """Two optimizer groups, decayed and not; empty ones are left out. ``extra`` goes into both."""
+def decay_groups(
+    named: Iterable[tuple[str, nn.Parameter]], weight_decay: float, divided: bool = True, **extra: Any
+) -> list[dict[str, Any]]:
+    """Two optimizer groups, decayed and not; empty ones are left out. ``extra`` goes into both.
+
+    With ``divided=False`` everything is decayed, as in the published code, whose two groups both have the decay.
+    """
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in named:
         if parameter.requires_grad:
-            groups[is_decayed(name, parameter)].append(parameter)
+            groups[not divided or is_decayed(name, parameter)].append(parameter)
     return [
         {"params": parameters, "weight_decay": weight_decay if decayed else 0.0, **extra}
         for decayed, parameters in groups.items()
@@ -66,6 +71,15 @@ def warmup_cosine(position: float, total: float, warmup: float) -> float:
     if position < warmup:
         return position / warmup
     return 0.5 * (1 + math.cos(math.pi * (position - warmup) / (total - warmup)))
+
+
+def warmup_cosine_epochs(epoch: int, total: int, warmup: int) -> float:
+    """Published fine-tuning schedule, as a factor on the peak, for epochs 0 to ``total`` - 1.
+
+    It counts the warm-up from 0 to 1 over ``warmup`` epochs inclusive, so epoch 0 learns nothing and epochs
+    ``warmup`` - 1 and ``warmup`` are both at the peak. Our trainer uses ``warmup_poly``; this is for comparison runs.
+    """
+    return epoch / (warmup - 1) if epoch < warmup else warmup_cosine(epoch, total, warmup)
 
 
 def warmup_poly(epoch: int, total: int, warmup: int) -> float:

@@ -10,6 +10,7 @@ from nnunetv2_hiendmae.intensity import DEFAULT_WINDOW
 
 PATCH_SIZE = (96, 96, 96)
 SPACING_MM = 1.5
+UNLIMITED_GB = 1e6
 
 
 class HiEndMAEPlanner(ExperimentPlanner):
@@ -17,9 +18,14 @@ class HiEndMAEPlanner(ExperimentPlanner):
 
     ``nnUNetv2_plan_and_preprocess -d 17 -pl HiEndMAEPlanner`` writes ``HiEndMAEPlans`` with 3d_fullres only: the
     network is 3D, and 96³ voxels of 1.5 mm cover 144 mm, so a low-resolution stage is not part of the method.
-    The batch size is what nnU-Net's memory logic gives its U-Net at this patch size. ``-overwrite_target_spacing``
-    is respected. The plans train ``nnUNetTrainer`` as well, for comparison on the same data.
+    The batch size is nnU-Net's rule for its U-Net at this patch size: what ``-gpu_memory_target`` allows, at most 5 %
+    of the data set's voxels, at least 2; a target too small for two patches shrinks neither. The rule does not know
+    the ViT: edit ``batch_size`` in the plans if it does not fit. ``-overwrite_target_spacing`` is respected (an axis
+    more than four times as coarse as the others gets fewer than 96 voxels). The plans train ``nnUNetTrainer`` as
+    well, for comparison on the same data.
     """
+
+    UNet_vram_target_GB: float
 
     def __init__(
         self,
@@ -54,14 +60,25 @@ class HiEndMAEPlanner(ExperimentPlanner):
     ) -> dict[str, Any]:
         # nnU-Net never plans a patch larger than the median image, so an image of 96³ yields a U-Net for 96³.
         shape = PATCH_SIZE if len(spacing) == 3 else median_shape
-        plan = super().get_plans_for_configuration(
-            spacing, shape, data_identifier, approximate_n_voxels_dataset, _cache
-        )
+        arguments = (spacing, shape, data_identifier, approximate_n_voxels_dataset, _cache)
+        plan = super().get_plans_for_configuration(*arguments)
+        if len(spacing) == 3 and tuple(plan["patch_size"]) != PATCH_SIZE:
+            memory, self.UNet_vram_target_GB = self.UNet_vram_target_GB, UNLIMITED_GB
+            roomy = super().get_plans_for_configuration(*arguments)
+            self.UNet_vram_target_GB = memory
+            if tuple(roomy["patch_size"]) != tuple(plan["patch_size"]):  # it was the memory target that shrank it
+                plan = {**roomy, "batch_size": self.UNet_min_batch_size}
         plan["median_image_size_in_voxels"] = median_shape
         return plan
 
     def save_plans(self, plans: dict[str, Any]) -> None:
-        """Write 3d_fullres only, with the window beside each CT channel's intensity properties."""
+        """Write 3d_fullres only, with the window beside each CT channel's intensity properties.
+
+        Raises:
+            ValueError: the data set is 2D.
+        """
+        if "3d_fullres" not in plans["configurations"]:
+            raise ValueError(f"{self.dataset_name} is two-dimensional; HiEndMAEPlanner plans for a 3D network only.")
         plans["configurations"] = {"3d_fullres": plans["configurations"]["3d_fullres"]}
         schemes = plans["configurations"]["3d_fullres"]["normalization_schemes"]
         for channel, scheme in enumerate(schemes):

@@ -6,9 +6,13 @@ import hashlib
 import json
 import os
 import pickle
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from nnunetv2.paths import nnUNet_results
@@ -93,29 +97,45 @@ def save_weights(path: Path, encoder: State, header: dict[str, Any]) -> str:
     header = {
         **header,
         "sha256": sha256,
-        "versions": {"nnunetv2_hiendmae": __version__, "torch": torch.__version__},
+        "versions": {"nnunetv2_hiendmae": __version__, "torch": str(torch.__version__)},
         "citation": CITATION,
     }
     header = json.loads(json.dumps(header))  # plain data, or an error now rather than when it is loaded
     data = {"format": FORMAT, "version": FORMAT_VERSION, "header": header, "encoder": encoder}
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with atomic_file(path) as file:
         torch.save(data, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
     return sha256
 
 
-def load_tensors(path: Path) -> Any:
-    """``torch.load`` of plain data only, mapped from disk. ``ValueError`` if the file is none or holds code."""
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name only when it is whole and on disk; else an older one stays."""
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_tensors(path: Path) -> Any:
+    """``torch.load`` of plain data only. ``ValueError`` if the file is none or holds code.
+
+    Mapped from disk where the format allows, so that a file of several GB is not held in memory twice.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise ValueError(f"The weights file {path} does not exist.") from None
-    except (pickle.UnpicklingError, RuntimeError, ValueError, OSError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not a file of plain tensors, or it is damaged ({reason}).") from None
+    except pickle.UnpicklingError as error:  # torch's own advice, weights_only=False, would run foreign code
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it holds objects of {found[1]}" if found else "no such file format"
+    except (RuntimeError, ValueError, OSError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise ValueError(f"{path} is not a file of plain tensors, or it is damaged ({reason}).")
 
 
 def load_weights(path: str | Path) -> Weights:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from nnunetv2.paths import nnUNet_results
 
-from nnunetv2_hiendmae.weights import WEIGHTS_FILE, load_tensors, save_weights
+from nnunetv2_hiendmae.weights import WEIGHTS_FILE, atomic_file, load_tensors, save_weights
 from pretraining.config import RunConfig, plain
 from pretraining.corpus import Corpus
 from pretraining.model import HiEndMAE
@@ -33,23 +30,9 @@ def run_folder(dataset: str, plans: str, configuration: str, run: str) -> Path:
     return Path(str(nnUNet_results)) / dataset / f"HiEndMAE__{plans}__{configuration}" / run
 
 
-@contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name only when it is whole and on disk; else the old one stays."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint atomically."""
-    with atomic_write(path) as file:
+    with atomic_file(path) as file:
         torch.save(state, file)
 
 
@@ -94,7 +77,7 @@ class MetricsLog:
         if start_step and self.file.is_file():
             lines = [json.loads(line) for line in self.file.read_text().splitlines() if line.endswith("}")]
             self.entries = [entry for entry in lines if entry["step"] <= start_step]
-        with atomic_write(self.file) as file:
+        with atomic_file(self.file) as file:
             file.writelines(json.dumps(entry).encode() + b"\n" for entry in self.entries)
 
     def log(self, **entry: Any) -> None:

@@ -117,7 +117,9 @@ class RunConfig:
     warmup_fraction: float = 0.01
     """Share of the steps for linear warm-up; published: 10 of 1000 epochs."""
     weight_decay: float = 0.05
-    """Of matrices and kernels only."""
+    """Decoupled weight decay; published: 0.05."""
+    decay_all: bool = False
+    """Decay norms, biases and tokens too, as the published code does."""
     augment: bool = True
     """Flips, axial 90-degree rotations, intensity scale and shift."""
     val_every: int = 100

@@ -46,7 +46,7 @@ class TrainState:
         """Fresh weights from the config's seed."""
         torch.manual_seed(config.seed)
         model = HiEndMAE(config.model).to(device)
-        groups = decay_groups(model.named_parameters(), config.weight_decay)
+        groups = decay_groups(model.named_parameters(), config.weight_decay, divided=not config.decay_all)
         optimizer = torch.optim.AdamW(groups, config.base_lr, betas=(0.9, 0.95), fused=device.type == "cuda")
         return cls(model, optimizer, torch.amp.GradScaler(device.type, enabled=device.type == "cuda"))
 

@@ -108,7 +108,14 @@ def test_mistakes_get_one_line(world: World, flags: str, message: str) -> None:
 def test_flags_cover_the_run_config() -> None:
     flags = {action.dest for action in parser()._actions}
     names = {"datasets": "d", "plans": "p", "configuration": "c", "base_lr": "lr", "window_hu": "window"}
-    fixed = {"model", "body_fraction", "warmup_fraction", "weight_decay", "augment"}  # published; set in Python
+    fixed = {
+        "model",
+        "body_fraction",
+        "warmup_fraction",
+        "weight_decay",
+        "decay_all",
+        "augment",
+    }  # published; set in Python
     assert {names.get(f.name, f.name) for f in fields(RunConfig)} - fixed <= flags
 
 
