@@ -133,14 +133,14 @@ class Corpus:
         return crop
 
     def body_cells(self, case: int) -> np.ndarray:
-        """``(n, 3)`` int16 indices of the coarse cells that hold tissue in any channel; computed once a process."""
+        """``(n, 3)`` int16 indices of the coarse cells that are mostly tissue; computed once a process."""
         if case not in self._body:
             channels = self.cases[case][0].channels
             # A margin of 1 % of the window (4 HU) keeps rounding and resampling ripple from counting as tissue.
             tissue = (canonical(self.volume(case)[:], channels) > air(channels, 4) + 0.01).any(0)
             padded = np.pad(tissue, [(0, -n % BODY_CELL) for n in tissue.shape])
-            cells = padded.reshape([e for n in padded.shape for e in (n // BODY_CELL, BODY_CELL)]).any((1, 3, 5))
-            self._body[case] = np.argwhere(cells).astype(np.int16)
+            share = padded.reshape([e for n in padded.shape for e in (n // BODY_CELL, BODY_CELL)]).mean((1, 3, 5))
+            self._body[case] = np.argwhere(share > min(0.5, share.max() / 2)).astype(np.int16)
         return self._body[case]
 
     def choose_start(self, rng: np.random.Generator, case: int, size: Size, body_fraction: float) -> Size:

@@ -9,7 +9,7 @@ import torch
 from golden import NAMES, needs_golden
 from torch import nn
 
-from nnunetv2_hiendmae.optim import warmup_cosine, warmup_cosine_epochs
+from nnunetv2_hiendmae.optim import decay_groups, warmup_cosine, warmup_cosine_epochs
 from pretraining.masking import patchify, take_tokens, unpatchify
 
 pytestmark = needs_golden
@@ -86,7 +86,9 @@ def test_every_gradient(name, reference, inputs):
 
 def test_six_steps_with_the_published_undivided_weight_decay(name, reference, inputs):
     mae = golden.model(name)
-    optimizer = torch.optim.AdamW(mae.parameters(), AUTHORS_LR, AUTHORS_BETAS, weight_decay=AUTHORS_DECAY)
+    optimizer = torch.optim.AdamW(
+        decay_groups(mae.named_parameters(), AUTHORS_DECAY, divided=False), AUTHORS_LR, AUTHORS_BETAS
+    )
     losses = []
     for _ in reference["traj_losses"]:
         loss = mae(*inputs).loss
