@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
-from nnunetv2.paths import nnUNet_preprocessed
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
+from nnunetv2_hiendmae.folders import preprocessed_folder
 from nnunetv2_hiendmae.settings import BLOCK, FineTuneSettings
 from nnunetv2_hiendmae.weights import load_weights
 
@@ -22,15 +21,6 @@ EXAMPLE = """examples:
   hiendmae_plan -d 17 --weights weights.pth --epochs 100
   nnUNetv2_train 17 3d_fullres 0 -p nnUNetPlans_hiendmae -tr nnUNetTrainerHiEndMAE
 """
-
-
-def dataset_folder(name_or_id: str) -> Path:
-    """Preprocessed folder of a data set. ``ValueError`` if nnU-Net knows no such data set."""
-    try:
-        name = maybe_convert_to_dataset_name(int(name_or_id) if name_or_id.isdigit() else name_or_id)
-        return Path(str(nnUNet_preprocessed)) / name
-    except RuntimeError as error:
-        raise ValueError(f"-d {name_or_id}: {error}") from None
 
 
 def make_plans(source: dict[str, Any], plans_name: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
 
 def plan(args: argparse.Namespace) -> Path:
     """What the command does; ``ValueError`` for a user's mistake. Returns the new plans file."""
-    folder = dataset_folder(args.d)
+    folder = preprocessed_folder(args.d)
     source_file, plans_name = folder / f"{args.p}.json", args.plans_name or f"{args.p}_hiendmae"
     target = folder / f"{plans_name}.json"
     if not source_file.is_file():

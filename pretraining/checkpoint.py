@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.paths import nnUNet_results
 
+from nnunetv2_hiendmae.folders import results_folder
 from nnunetv2_hiendmae.weights import WEIGHTS_FILE, atomic_file, load_tensors, save_weights
 from pretraining.config import RunConfig, plain
 from pretraining.corpus import Corpus
@@ -20,14 +20,8 @@ METRICS = "metrics.jsonl"
 
 
 def run_folder(dataset: str, plans: str, configuration: str, run: str) -> Path:
-    """``nnUNet_results/DatasetXXX_Name/HiEndMAE__<plans>__<configuration>/<run>``.
-
-    Raises:
-        ValueError: ``nnUNet_results`` is not set.
-    """
-    if not nnUNet_results.is_set():
-        raise ValueError("The environment variable nnUNet_results is not set; it names the folder for results.")
-    return Path(str(nnUNet_results)) / dataset / f"HiEndMAE__{plans}__{configuration}" / run
+    """``nnUNet_results/DatasetXXX_Name/HiEndMAE__<plans>__<configuration>/<run>``."""
+    return results_folder() / dataset / f"HiEndMAE__{plans}__{configuration}" / run
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

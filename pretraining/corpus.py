@@ -12,11 +12,10 @@ from typing import Any
 import blosc2
 import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import load_json
-from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_hiendmae.folders import preprocessed_folder
 from nnunetv2_hiendmae.intensity import ChannelIntensity, Window, clip_warning, plan_intensities
 
 Size = tuple[int, int, int]
@@ -45,8 +44,8 @@ class DataSet:
         Raises:
             ValueError: data set, plans, configuration or volumes are missing, or a channel is not CT; says what to do.
         """
-        name = dataset_name(name_or_id)
-        base = Path(str(nnUNet_preprocessed)) / name
+        base = preprocessed_folder(name_or_id)
+        name = base.name
         plans_file = base / f"{plans_name}.json"
         if not plans_file.is_file():
             raise ValueError(f"{plans_file} does not exist. Run 'nnUNetv2_plan_and_preprocess -d {name}' first.")
@@ -73,15 +72,6 @@ class DataSet:
         warning = clip_warning(channels, window, f"{name}: {plans_name}")
         h, w, d = manager.spacing
         return cls(name, folder, tuple(cases), (float(h), float(w), float(d)), tuple(channels), warning)
-
-
-def dataset_name(name_or_id: str) -> str:
-    """nnU-Net's full data set name. ``ValueError`` if there is none, or an environment variable is missing."""
-    try:
-        # nnU-Net returns a numpy string, which a checkpoint of plain data must not hold.
-        return str(maybe_convert_to_dataset_name(int(name_or_id) if name_or_id.isdigit() else name_or_id))
-    except RuntimeError as error:
-        raise ValueError(f"-d {name_or_id}: {error}") from None
 
 
 @dataclass

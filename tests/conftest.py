@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from golden import SHARED
 
 from pretraining.phantom import write_phantoms
 
@@ -18,10 +19,9 @@ CHECKOUT = Path(__file__).parents[1]
 
 def shared_folder() -> Path:
     """Real CT beside the checkout; the test is skipped where there is none."""
-    folder = Path(os.environ.get("HIENDMAE_SHARED", CHECKOUT.parent / "shared"))
-    if not folder.is_dir():
-        pytest.skip(f"real CT and reference numbers are not at {folder}")
-    return folder
+    if not SHARED.is_dir():
+        pytest.skip(f"no real CT in {SHARED}; name its folder in HIENDMAE_SHARED")
+    return SHARED
 
 
 @dataclass(frozen=True)

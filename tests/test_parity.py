@@ -17,7 +17,7 @@ pytestmark = needs_golden
 AUTHORS_LR, AUTHORS_BETAS, AUTHORS_DECAY = 1e-3, (0.9, 0.95), 0.05
 
 
-def close(actual: torch.Tensor, expected: np.ndarray, atol: float = 2e-5) -> None:
+def assert_near(actual: torch.Tensor, expected: np.ndarray, atol: float = 2e-5) -> None:
     np.testing.assert_allclose(actual.detach().numpy(), expected, rtol=0, atol=atol)
 
 
@@ -39,7 +39,7 @@ def inputs(reference: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor
 def test_loss_and_predictions(name, reference, inputs):
     output = golden.model(name)(*inputs, return_pred=True)
     assert output.loss.item() == pytest.approx(float(reference["loss"]), rel=1e-5)
-    close(output.pred, reference["pred"])
+    assert_near(output.pred, reference["pred"])
 
 
 def test_loss_is_the_same_without_the_unneeded_tokens(name, reference, inputs):
@@ -52,22 +52,22 @@ def test_encoder_layers(name, reference, inputs):
     mae = golden.model(name)
     taps, final = mae.encode(patchify(x, mae.config.patch_size), ids)
     for index, tap in zip((3, 6, 9), taps, strict=True):
-        close(tap, reference[f"enc_hidden_{index}"])
-    close(final, reference["enc_final"])
+        assert_near(tap, reference[f"enc_hidden_{index}"])
+    assert_near(final, reference["enc_final"])
 
 
 def test_decoder_inputs(name, reference, inputs):
     x, ids = inputs
     mae = golden.model(name)
     taps, final = mae.encode(patchify(x, mae.config.patch_size), ids)
-    close(mae.decoder_input(final, ids)[0], reference["dec_in_12_sample0"])
-    close(mae.encoder_to_decoder[2](taps[2])[0], reference["dec_in_9_sample0"])
+    assert_near(mae.decoder_input(final, ids)[0], reference["dec_in_12_sample0"])
+    assert_near(mae.encoder_to_decoder[2](taps[2])[0], reference["dec_in_9_sample0"])
 
 
 def test_target(name, reference, inputs):
     x, ids = inputs
     mae = golden.model(name)
-    close(mae.target(patchify(x, mae.config.patch_size), ids)[0], reference["target_sample0"])
+    assert_near(mae.target(patchify(x, mae.config.patch_size), ids)[0], reference["target_sample0"])
 
 
 def test_every_gradient(name, reference, inputs):
@@ -81,7 +81,7 @@ def test_every_gradient(name, reference, inputs):
     whole = {key.removeprefix("grad/"): value for key, value in reference.items() if key.startswith("grad/")}
     assert len(whole) > 100
     for key, value in whole.items():
-        close(gradients[key], value.reshape(gradients[key].shape), atol=1e-4 * np.abs(value).max() + 1e-8)
+        assert_near(gradients[key], value.reshape(gradients[key].shape), atol=1e-4 * np.abs(value).max() + 1e-8)
 
 
 def test_six_steps_with_the_published_undivided_weight_decay(name, reference, inputs):
@@ -110,7 +110,7 @@ def test_reconstruction_differs_by_the_documented_denormalisation_only(name, ref
     patches = patchify(x[:1], mae.config.patch_size)
     in_order = torch.zeros_like(pred).scatter(1, ids[:1, :, None].expand_as(pred), pred)
     authors = in_order * (patches.var(-1, keepdim=True).sqrt() + 1e-6) + patches.mean(-1, keepdim=True)
-    close(authors[0], reference["image_recon_sample0"])
+    assert_near(authors[0], reference["image_recon_sample0"])
     assert torch.equal(take_tokens(in_order, ids[:1]), pred)
     assert torch.equal(unpatchify(patches, mae.config.patch_size, mae.config.grid), x[:1])
 

@@ -47,23 +47,23 @@ def mae(numbers) -> HiEndMAE:
     return model
 
 
-def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
 
 
 @torch.no_grad()
 def test_decoder_input_and_memory(numbers, mae):
-    close(mae.decoder_input(numbers["final"][None], numbers["ids_shuffle"][None])[0], numbers["decoder_input"])
-    close(mae.encoder_to_decoder[2](numbers["taps"][2]), numbers["memory_9"])
+    assert_near(mae.decoder_input(numbers["final"][None], numbers["ids_shuffle"][None])[0], numbers["decoder_input"])
+    assert_near(mae.encoder_to_decoder[2](numbers["taps"][2]), numbers["memory_9"])
 
 
 @torch.no_grad()
 def test_decoder(numbers, mae):
     taps = [tap[None] for tap in numbers["taps"]]
     pred = mae.decode(taps, numbers["final"][None], numbers["ids_shuffle"][None], 1 + CONFIG.num_tokens)
-    close(pred[0][:, numbers["columns"]], numbers["pred"])
+    assert_near(pred[0][:, numbers["columns"]], numbers["pred"])
     masked = mae.decode(taps, numbers["final"][None], numbers["ids_shuffle"][None], CONFIG.num_masked)
-    close(masked[0][:, numbers["columns"]], numbers["pred"][-CONFIG.num_masked :])
+    assert_near(masked[0][:, numbers["columns"]], numbers["pred"][-CONFIG.num_masked :])
 
 
 @torch.no_grad()
@@ -78,12 +78,12 @@ def test_target(numbers, mae):
     masked_last = torch.zeros(1, CONFIG.num_tokens, CONFIG.patch_dim)
     masked_last[0, -3:] = patches[:, 0]
     target = mae.target(masked_last, torch.arange(CONFIG.num_tokens)[None])
-    close(target[0, -3:, ::16], numbers["target"])
+    assert_near(target[0, -3:, ::16], numbers["target"])
 
 
 def test_position_embeddings(numbers):
-    close(sincos_pos_embed(60, CONFIG.grid), numbers["encoder_pos_embed"])
-    close(sincos_pos_embed(36, CONFIG.grid), numbers["decoder_pos_embed"])
+    assert_near(sincos_pos_embed(60, CONFIG.grid), numbers["encoder_pos_embed"])
+    assert_near(sincos_pos_embed(36, CONFIG.grid), numbers["decoder_pos_embed"])
 
 
 def test_learning_rate_schedules(numbers):

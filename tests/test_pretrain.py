@@ -105,6 +105,16 @@ def test_mistakes_get_one_line(world: World, flags: str, message: str) -> None:
     assert not folder(world, "refused").exists()
 
 
+@pytest.mark.parametrize("variable", ["nnUNet_preprocessed", "nnUNet_results"])
+def test_unset_folder_is_named(world: World, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(variable, raising=False)
+    env = {k: v for k, v in world.env.items() if k != variable}
+    words = [str(Path(sys.executable).with_name("hiendmae_pretrain")), *f"-d 901 {SMALL}".split()]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"The environment variable {variable} is not set" in done.stderr
+
+
 def test_flags_cover_the_run_config() -> None:
     flags = {action.dest for action in parser()._actions}
     names = {"datasets": "d", "plans": "p", "configuration": "c", "base_lr": "lr", "window_hu": "window"}
