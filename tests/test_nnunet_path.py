@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import CHECKOUT, DATASET, World, shared_folder
+from conftest import CHECKOUT, DATASET, World
 
 from nnunetv2_hiendmae.weights import load_weights
 
@@ -114,27 +114,6 @@ def test_2d_configuration_is_refused(world: World, pretrained: Path) -> None:
     world.run("nnUNetv2_preprocess -d 901 -c 2d -np 1")
     log = world.run("nnUNetv2_train 901 2d 0 -tr nnUNetTrainerHiEndMAE -device cpu", ok=False)
     assert "is a 3D network; train the 2d configuration with nnUNetTrainer" in log and "Traceback" not in log
-
-
-@pytest.mark.slow
-def test_default_plans_of_real_ct(tmp_path: Path) -> None:
-    """Dataset501 under nnU-Net's default plans: anisotropic 80 × 128 × 128 patches, clipped at -116 HU."""
-    data = shared_folder() / "data" / "Dataset501_OpenKBP"
-    world = World(tmp_path)
-    (tmp_path / "raw").mkdir()
-    (tmp_path / "raw" / data.name).symlink_to(data)
-    world.run("nnUNetv2_plan_and_preprocess -d 501 -c 3d_fullres -np 2", nnUNet_def_n_proc="2")
-    world.run("hiendmae_pretrain -d 501 -preset tiny -device cpu -steps 4 -val_every 4 -num_workers 1")
-    short = SHORT.replace("--epochs 2", "--epochs 1")
-    world.run(f"hiendmae_plan -d 501 {short}")
-    plans = json.loads((tmp_path / "preprocessed" / data.name / f"{PLANS}.json").read_text())
-    assert plans["configurations"]["3d_fullres"]["patch_size"] == [80, 128, 128]
-    fold = tmp_path / "results" / data.name / f"nnUNetTrainerHiEndMAE__{PLANS}__3d_fullres" / "fold_0"
-    splits = [{"train": ["kbp_001", "kbp_002"], "val": ["kbp_004"]}]
-    (tmp_path / "preprocessed" / data.name / "splits_final.json").write_text(json.dumps(splits))
-    log = world.run(TRAIN.format(fold=0).replace("901", "501"))
-    assert "clip images to channel 0: -116…1638 HU, which cuts into the window -175…250 HU" in log
-    assert json.loads((fold / "validation" / "summary.json").read_text())["metric_per_case"]
 
 
 def test_readme_tree_names_every_file() -> None:
