@@ -33,7 +33,7 @@ COMMANDS = (
     "nnUNetv2_plan_and_preprocess -d 999 -c 3d_fullres -np 2",
     "hiendmae_pretrain -d 999 -preset tiny -device {device} -steps {pretrain_steps} -crop_size 32 32 32 -val_every 50",
     "hiendmae_plan -d 999 --epochs {epochs} --num_iterations_per_epoch 25 --num_val_iterations_per_epoch 2 "
-    "--feature_size 8 --initial_lr 1e-3",
+    "--feature_size 8 --initial_lr 5e-3",
     f"nnUNetv2_train 999 3d_fullres 0 -tr nnUNetTrainerHiEndMAE -p {PLANS} -device {{device}}",
     f"nnUNetv2_predict -i {{raw}}/imagesTs -o {{out}}/predictions {PREDICT} -device {{device}}",
     "nnUNetv2_evaluate_folder {raw}/labelsTs {out}/predictions -djfile {raw}/dataset.json "

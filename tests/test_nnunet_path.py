@@ -56,7 +56,7 @@ def test_continue_validate_predict_without_weights(trained: World, pretrained: P
         raw, out = trained.root / "raw" / DATASET, trained.root / "predictions"
         trained.run(
             f"nnUNetv2_predict -i {raw}/imagesTs -o {out} -d 901 -c 3d_fullres -f 0 -tr nnUNetTrainerHiEndMAE "
-            f"-p {PLANS} -device cpu --disable_tta"
+            f"-p {PLANS} -device cpu --disable_tta -npp 1 -nps 1"
         )
         assert len(list(out.glob("*.nii.gz"))) == 1
         log = trained.run(TRAIN.format(fold=1), ok=False)
