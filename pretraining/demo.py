@@ -155,7 +155,7 @@ def main() -> None:
     p.add_argument("-o", type=Path, default=Path("hiendmae_demo"), metavar="FOLDER", help="scratch [./hiendmae_demo]")
     p.add_argument("-device", default="cpu", choices=("cpu", "cuda", "mps"), help="[cpu]")
     p.add_argument("-pretrain_steps", type=int, default=200, help="[200]")
-    p.add_argument("-epochs", type=int, default=8, help="epochs of fine-tuning, 25 iterations each [8]")
+    p.add_argument("-epochs", type=int, default=6, help="epochs of fine-tuning, 25 iterations each [6]")
     args = p.parse_args()
     try:
         demo(args.o.absolute(), args.device, args.pretrain_steps, args.epochs)
