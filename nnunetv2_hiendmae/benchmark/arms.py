@@ -38,7 +38,6 @@ METHODS = (
     "get_training_transforms",
     "get_validation_transforms",
     "configure_rotation_dummyDA_mirroring_and_inital_patch_size",
-    "get_plain_dataloaders",
     "get_dataloaders",
     "do_split",
     "perform_actual_validation",

@@ -60,7 +60,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.dataset}/{self.configuration}/fold {self.fold}/{self.labels} labels/seed {self.seed}/{self.arm.name}"
+        cell = f"{self.dataset}/{self.configuration}/fold {self.fold}/{self.labels} labels/seed {self.seed}"
+        return f"{cell}/{self.arm.name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +113,7 @@ class Grid:
         FineTuneSettings(**self.budget)
 
     @property
-    def budget(self) -> dict[str, int]:
+    def budget(self) -> dict[str, Any]:
         """The budget's settings that are given."""
         return {name: getattr(self, name) for name in BUDGET if getattr(self, name) is not None}
 

@@ -24,7 +24,7 @@ SUMMARY = Path("validation") / "summary.json"
 FINAL = "checkpoint_final.pth"
 LOG_TIME = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+): (.*)$")
 # nnU-Net's log in a checkpoint holds numpy's numbers; nothing else but plain data is let in.
-NUMPY_NUMBERS = [np.float64(0).__reduce__()[0], np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
+NUMPY_NUMBERS: list[Any] = [np.float64(0).__reduce__()[0], np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,7 +87,7 @@ def perform(grid: Grid, run: Run, logs: Path) -> None:
     write_record(folder, replace(record or expected, **measure(folder), **larger(record, memory)))
 
 
-def larger(record: RunRecord | None, memory: dict[str, float | None]) -> dict[str, float | None]:
+def larger(record: RunRecord | None, memory: dict[str, float | None]) -> dict[str, Any]:
     """The peaks of a run over its interruptions."""
     before = {name: getattr(record, name, None) for name in ("peak_memory_mb", "peak_gpu_memory_mb")}
     return {name: max((v for v in (old, memory.get(name)) if v), default=None) for name, old in before.items()}
