@@ -10,6 +10,7 @@ from typing import NoReturn
 from nnunetv2_hiendmae.benchmark.arms import default_arms
 from nnunetv2_hiendmae.benchmark.grid import GRID_FILE, Grid, parse_labels, read_grid
 from nnunetv2_hiendmae.benchmark.plan import COMMANDS_FILE, differences_text, plan
+from nnunetv2_hiendmae.benchmark.report import report
 from nnunetv2_hiendmae.benchmark.run import run_part
 from nnunetv2_hiendmae.folders import preprocessed_folder
 
@@ -34,6 +35,8 @@ def parser() -> argparse.ArgumentParser:
     r = verbs.add_parser("run", help="run what is not finished")
     r.add_argument("-part_id", type=int, default=0, metavar="N", help="this part [0]")
     r.add_argument("-num_parts", type=int, default=1, metavar="N", help="parts that share the runs [1]")
+    c = verbs.add_parser("report", help="Markdown, CSV and HTML from what was run")
+    c.add_argument("-tolerance_mm", type=float, default=2.0, metavar="MM", help="of the surface Dice [2]")
     for verb in verbs.choices.values():
         verb.add_argument("-o", required=True, type=Path, metavar="FOLDER", help="the benchmark's folder")
     return p
@@ -104,12 +107,23 @@ def run_verb(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
+def report_verb(args: argparse.Namespace) -> int:
+    """Write the report; 1 if a run is missing or changed."""
+    if not args.tolerance_mm > 0:
+        raise ValueError(f"-tolerance_mm {args.tolerance_mm} must be positive.")
+    failures = report(read_grid(args.o / GRID_FILE), args.o, args.tolerance_mm)
+    for line in failures:
+        print(line, file=sys.stderr)
+    print(f"Report in {args.o / 'report.html'} and {args.o / 'report.md'}.")
+    return 1 if failures else 0
+
+
 def main() -> NoReturn:
     """Entry point; exit 2 and one line for a user's mistake."""
     p = parser()
     args = p.parse_args()
     try:
-        code = {"plan": plan_verb, "run": run_verb}[args.verb](args)
+        code = {"plan": plan_verb, "run": run_verb, "report": report_verb}[args.verb](args)
     except ValueError as error:
         p.exit(2, f"hiendmae_benchmark: error: {error}\n")
     except KeyboardInterrupt:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from batchgenerators.utilities.file_and_folder_operations import load_json
-from nnunetv2.evaluation.evaluate_predictions import key_to_label_or_region
 
 from nnunetv2_hiendmae.benchmark.arms import fold_folder
 from nnunetv2_hiendmae.benchmark.grid import Grid, Run
@@ -105,7 +104,8 @@ def check_record(grid: Grid, result: Result, earlier: dict[str, str]) -> None:
 
 def check_summary(summary: dict[str, Any], val: list[str], result: Result) -> None:
     """Cases must be those of the split, and the means must be the means of the cases."""
-    cases = sorted(case_name(entry) for entry in summary["metric_per_case"])
+    ending = load_json(str(result.folder.parent / "dataset.json"))["file_ending"]
+    cases = sorted(case_name(entry, ending) for entry in summary["metric_per_case"])
     if cases != sorted(val):
         odd = sorted(set(cases) ^ set(val))
         result.problems.append(f"summary.json has other cases than the split: {', '.join(odd) or 'some twice'}")
@@ -119,24 +119,22 @@ def add_scores(summary: dict[str, Any], val: list[str], data: Path, tolerance_mm
     """Fill in the scores; the Dice of summary.json must be that of the predictions."""
     dataset = load_json(str(result.folder.parent / "dataset.json"))
     names = {str(tuple(v) if isinstance(v, list) else v): name for name, v in dataset["labels"].items()}
-    labels = list(summary["mean"])
+    labels = sorted(summary["mean"], key=list(names).index)
     surface = surface_scores(result.folder, sorted(val), labels, data / "gt_segmentations", tolerance_mm)
-    for entry in sorted(summary["metric_per_case"], key=case_name):
-        case = case_name(entry)
-        for key in sorted(labels, key=lambda k: str(key_to_label_or_region(k)).zfill(4)):
+    for entry in summary["metric_per_case"]:
+        case = case_name(entry, dataset["file_ending"])
+        for key in labels:
             dice, scores = defined(entry["metrics"][key]["Dice"]), surface.get(case, {}).get(key)
             if scores is None:
                 continue  # a case of another split, which check_summary has told
             if not same(dice, scores["dice"]):
                 result.problems.append(f"the Dice of {case}, label {key} in summary.json is not that of its prediction")
-            result.scores.append(
-                Score(case=case, organ=names.get(key, key), dice=dice, nsd=scores["nsd"], hd95=scores["hd95"])
-            )
+            result.scores.append(Score(case=case, organ=names[key], dice=dice, nsd=scores["nsd"], hd95=scores["hd95"]))
 
 
-def case_name(entry: dict[str, Any]) -> str:
+def case_name(entry: dict[str, Any], ending: str) -> str:
     """Case of an entry of ``metric_per_case``."""
-    return Path(entry["prediction_file"]).name.split(".")[0]
+    return Path(entry["prediction_file"]).name.removesuffix(ending)
 
 
 def defined(value: Any) -> float | None:

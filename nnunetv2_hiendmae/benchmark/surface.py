@@ -68,7 +68,7 @@ def surface_scores(
     plans, dataset = PlansManager(str(fold.parent / "plans.json")), load_json(str(fold.parent / "dataset.json"))
     ignore = plans.get_label_manager(dataset).ignore_label
     reader, ending = plans.image_reader_writer_class(), dataset["file_ending"]
-    found = {}
+    found: dict[str, Any] = {}
     for case in cases:
         paths = [folder / f"{case}{ending}" for folder in (references, fold / "validation")]
         hashes = [file_sha256(path) for path in paths]
@@ -78,8 +78,8 @@ def surface_scores(
             scores: Scores = {}
             for key in labels:
                 label = key_to_label_or_region(key)
-                masks = (region_or_label_to_mask(image[0], label) & use for image in (reference, prediction))
-                scores[key] = organ_scores(*masks, tuple(map(float, header["spacing"])), tolerance_mm)
+                truth, guess = (region_or_label_to_mask(image[0], label) & use for image in (reference, prediction))
+                scores[key] = organ_scores(truth, guess, tuple(map(float, header["spacing"])), tolerance_mm)
             found[case] = {"sha256": hashes, "labels": scores}
         else:
             found[case] = known[case]
