@@ -43,7 +43,7 @@ def label_curves(grid: Grid, results: list[Result], dataset: str, configuration:
     axis = figure.subplots()
     ticks = set()
     for i, arm in enumerate(grid.arms):
-        dots: dict[int, list[float]] = {}
+        dots: dict[int, list[float]] = {}  # by training cases
         for cell in cells(grid):
             if cell[:2] != (dataset, configuration):
                 continue
@@ -53,7 +53,7 @@ def label_curves(grid: Grid, results: list[Result], dataset: str, configuration:
                 if value is not None:
                     dots.setdefault(result.train_cases, []).append(value)
         x = sorted(dots)
-        axis.plot(x, [mean_of(list(dots[n])) for n in x], color=colour(i), label=plain(arm.name))
+        axis.plot(x, [sum(dots[n]) / len(dots[n]) for n in x], color=colour(i), label=plain(arm.name))
         axis.scatter([n for n in x for _ in dots[n]], [v for n in x for v in dots[n]], 14, color=colour(i), alpha=0.6)
     axis.set_xscale("log")
     axis.set_xticks(sorted(ticks), [str(n) for n in sorted(ticks)])
