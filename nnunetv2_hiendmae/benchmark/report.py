@@ -15,6 +15,7 @@ from typing import Any
 
 from batchgenerators.utilities.file_and_folder_operations import load_json
 
+from nnunetv2_hiendmae.benchmark.as_run import as_run_tables
 from nnunetv2_hiendmae.benchmark.collect import METRICS, Result, collect
 from nnunetv2_hiendmae.benchmark.grid import Grid
 from nnunetv2_hiendmae.benchmark.plan import differences_text, write_text
@@ -61,6 +62,7 @@ def report(grid: Grid, folder: Path, tolerance_mm: float) -> list[str]:
         *(metric_table(grid, results, metric, tolerance_mm) for metric in METRICS),
         comparison_table(grid, made),
         cost_table(grid, results),
+        *as_run_tables(grid, results),
     ]
     pictures = [
         picture
@@ -120,11 +122,11 @@ def summary_lines(provenance: dict[str, Any]) -> list[str]:
     runs = provenance["runs"].values()
     for versions in sorted({json.dumps(r["versions"]) for r in runs if r["versions"]}):
         lines.append("made with " + ", ".join(f"{k} {v}" for k, v in json.loads(versions).items()))
-    for sha256 in sorted({r["weights_sha256"] for r in runs if r["weights_sha256"]}):
-        models = sorted(
-            {r["folder"].partition("__")[2].rpartition("/")[0] for r in runs if r["weights_sha256"] == sha256}
-        )
-        lines.append(f"weights sha256 {sha256}: {', '.join(models)}")
+    users: dict[str, set[str]] = {}
+    for r in runs:
+        if r["weights_sha256"]:
+            users.setdefault(r["weights_sha256"], set()).add(r["folder"].rpartition("/")[0])
+    lines += [f"weights sha256 {sha256}: {', '.join(sorted(models))}" for sha256, models in sorted(users.items())]
     return lines
 
 
@@ -138,8 +140,11 @@ def csv_text(header: list[str], rows: list[list[str]]) -> str:
 def cases_csv(results: list[Result]) -> str:
     """Every score of every finished run in full precision; empty where undefined."""
     rows = [
-        [r.run.dataset, r.run.configuration, str(r.run.fold), str(r.run.labels), str(r.run.seed), r.run.arm.name]
-        + [s.case, s.organ, *("" if (v := getattr(s, m)) is None else repr(v) for m in METRICS)]
+        [
+            *(r.run.dataset, r.run.configuration, str(r.run.fold), str(r.run.labels), str(r.run.seed), r.run.arm.name),
+            *(s.case, s.organ),
+            *("" if (v := getattr(s, m)) is None else repr(v) for m in METRICS),
+        ]
         for r in results
         if r.status == "finished"
         for s in r.scores
@@ -198,9 +203,8 @@ def page(
 def figure_html(picture: Picture) -> str:
     """An image whose bytes are in the page."""
     title, data = html.escape(picture.title), base64.b64encode(picture.svg).decode()
-    return (
-        f'<figure><img alt="{title}" src="data:image/svg+xml;base64,{data}"><figcaption>{title}</figcaption></figure>'
-    )
+    image = f'<img alt="{title}" src="data:image/svg+xml;base64,{data}">'
+    return f"<figure>{image}<figcaption>{title}</figcaption></figure>"
 
 
 def table_html(table: Table) -> str:

@@ -157,9 +157,9 @@ def comparison_table(grid: Grid, made: list[Comparison]) -> Table:
     for c in made:
         mean = mean_of(list(c.differences))
         interval = " … ".join(signed(v, c.metric) for v in c.interval) if c.interval else "too few cases"
-        values = (
-            ["missing", "", "", ""] if mean is None else [signed(mean, c.metric), interval, share(c.p), share(c.p_holm)]
-        )
+        values = ["missing", "", "", ""]
+        if mean is not None:
+            values = [signed(mean, c.metric), interval, share(c.p), share(c.p_holm)]
         rows.append([c.cell[0], c.cell[1], str(c.cell[2]), c.metric, c.arm, str(len(c.differences)), *values])
     note = (
         "Per-case differences, mean over organs and label subsets; 95 % percentile interval of 10,000 bootstrap "
