@@ -60,8 +60,10 @@ def started(result: Result) -> bool:
 def trainer_values(result: Result) -> dict[str, str]:
     """What ``debug.json`` says of ``PROPERTIES``, and a hash of the training augmentation."""
     debug = load_json(str(result.folder / "debug.json"))
-    values = {name: short(str(debug.get(name, "not said"))) for name in PROPERTIES}
-    return {**values, "augmentation": hashlib.sha256(str(debug.get(AUGMENTATION)).encode()).hexdigest()[:12]}
+    values = {name: short(str(debug.get(name, "–"))) for name in PROPERTIES}
+    # Deep supervision makes its small targets in the same list; that is no augmentation.
+    transforms = re.sub(r", DownsampleSegForDSTransform\([^)]*\)", "", str(debug.get(AUGMENTATION)))
+    return {**values, "augmentation": hashlib.sha256(transforms.encode()).hexdigest()[:12]}
 
 
 def short(text: str) -> str:
