@@ -62,7 +62,7 @@ def trainer_values(result: Result) -> dict[str, str]:
     debug = load_json(str(result.folder / "debug.json"))
     values = {name: short(str(debug.get(name, "–"))) for name in PROPERTIES}
     # Deep supervision makes its small targets in the same list; that is no augmentation.
-    transforms = re.sub(r", DownsampleSegForDSTransform\([^)]*\)", "", str(debug.get(AUGMENTATION)))
+    transforms = re.sub(r", DownsampleSegForDSTransform\( ds_scales = .*?\]\] \)", "", str(debug.get(AUGMENTATION)))
     return {**values, "augmentation": hashlib.sha256(transforms.encode()).hexdigest()[:12]}
 
 

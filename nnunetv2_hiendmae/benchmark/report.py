@@ -23,6 +23,7 @@ from nnunetv2_hiendmae.benchmark.plots import Picture, forest, label_curves, org
 from nnunetv2_hiendmae.benchmark.record import file_sha256
 from nnunetv2_hiendmae.benchmark.splits import SPLITS_FILE, write_json
 from nnunetv2_hiendmae.benchmark.tables import (
+    MEAN,
     Table,
     cells,
     comparison_table,
@@ -44,7 +45,7 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } p { max-
 .scroll { overflow-x: auto; } pre { background: #f4f4f4; padding: .8rem; overflow-x: auto; font-size: .85rem; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: left; white-space: nowrap; }
-td:last-child { max-width: 22rem; overflow-wrap: anywhere; white-space: normal; }
+td.long { min-width: 18rem; overflow-wrap: anywhere; white-space: normal; } tr.mean { font-weight: 600; }
 th { background: #f4f4f4; } td.bad-cell { background: #fdecee; color: #8c0019; font-weight: 600; }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 0; flex: 1 1 20rem; max-width: 36rem; }
 figure img { width: 100%; height: auto; } figcaption { font-size: .85rem; color: #444; }
@@ -211,7 +212,9 @@ def table_html(table: Table) -> str:
     """A table that scrolls by itself on a narrow screen; what is missing or changed stands out."""
     e = html.escape
     header = "".join(f"<th>{e(name)}</th>" for name in table.header)
-    rows = "".join("<tr>" + "".join(map(cell_html, row)) + "</tr>" for row in table.rows)
+    rows = "".join(
+        f"<tr{' class=mean' if MEAN in row else ''}>{''.join(map(cell_html, row))}</tr>" for row in table.rows
+    )
     body = f'<div class="scroll"><table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table></div>'
     return f"<h2>{e(table.title)}</h2><p>{e(table.note)}</p>{body}"
 
@@ -219,4 +222,5 @@ def table_html(table: Table) -> str:
 def cell_html(value: str) -> str:
     """One cell, escaped."""
     bad = value.startswith("missing") or value in ("MISSING", "CHANGED")
-    return f"<td{' class=bad-cell' if bad else ''}>{html.escape(value)}</td>"
+    kind = " class=bad-cell" if bad else " class=long" if len(value) > 48 else ""
+    return f"<td{kind}>{html.escape(value)}</td>"
