@@ -14,6 +14,8 @@ from conftest import World
 
 from pretraining.phantom import write_phantoms
 
+pytestmark = pytest.mark.slow  # real trainings: one to four minutes on two cores
+
 DATASET = "Dataset903_Bench"
 TINY = {"patch_size": [8, 8, 8], "embed_dim": 24, "depth": 2, "num_heads": 2, "taps": [0, 1]}
 PLAN = (
@@ -154,7 +156,6 @@ def test_tampering_is_noticed(bench: tuple[World, Path], tamper, messages: list[
     assert "0.99" not in (out / "dice.csv").read_text()
 
 
-@pytest.mark.slow
 def test_interrupted_and_unevaluated_runs_are_finished(bench: tuple[World, Path]) -> None:
     world, out = bench
     folder = fold_folders(world)["nnunet"]

@@ -39,7 +39,8 @@ PROVENANCE_FILE = "provenance.json"
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 76rem; margin: 0 auto;
   padding: 1rem; }
-li { overflow-wrap: anywhere; } h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } p { max-width: 46rem; }
+li { overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } p { max-width: 46rem; }
 .bad { border-left: .3rem solid #b00020; background: #fdecee; padding: .6rem 1rem; font-weight: 600; }
 .good { border-left: .3rem solid #1b6e3c; background: #e9f6ee; padding: .6rem 1rem; }
 .scroll { overflow-x: auto; } pre { background: #f4f4f4; padding: .8rem; overflow-x: auto; font-size: .85rem; }
