@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from pretraining.checkpoint import FINAL, LATEST, run_folder
-from pretraining.config import PRESETS, RunConfig
+from pretraining.config import DECODERS, PRESETS, RunConfig
 from pretraining.corpus import Corpus, DataSet
 from pretraining.stream import split_cases, steps_of_epochs
 from pretraining.train import train
@@ -43,6 +43,9 @@ def parser() -> argparse.ArgumentParser:
     length.add_argument("-epochs", type=float, help="passes over the cases, crops_per_case crops each [by preset]")
     p.add_argument("-batch_size", type=int, help="crops a step [by preset]")
     p.add_argument("-crop_size", type=int, nargs=3, metavar="N", help="voxels, divisible by the patch [by preset]")
+    p.add_argument("-patch_size", type=int, nargs=3, metavar="N", help="voxels of a token [by preset]")
+    p.add_argument("-decoder", default="hierarchical", choices=DECODERS, help="others are controls [hierarchical]")
+    p.add_argument("--no_augmentation", action="store_true", help="no flips, rotations, intensity changes")
     p.add_argument("-crops_per_case", type=int, help="crops from a case before the next [by preset]")
     p.add_argument("-lr", type=float, help="peak learning rate [by preset]")
     p.add_argument("-mask_ratio", type=float, default=0.75, help="share of patches to rebuild [0.75]")
@@ -65,17 +68,24 @@ def make_config(args: argparse.Namespace, corpus: Corpus) -> RunConfig:
         cases = len(split_cases(corpus, args.seed)[0])
         epochs = preset.epochs if args.epochs is None else args.epochs
         steps = steps_of_epochs(epochs, cases, batch_size, crops_per_case)
-    crop_size = preset.crop_size if args.crop_size is None else tuple(args.crop_size)
+    model = preset.model(
+        crop_size=tuple(args.crop_size or preset.crop_size),
+        patch_size=tuple(args.patch_size or preset.encoder.patch_size),
+        in_channels=corpus.in_channels,
+        mask_ratio=args.mask_ratio,
+        decoder=args.decoder,
+    )
     return RunConfig(
         datasets=tuple(d.name for d in corpus.datasets),
         plans=args.p,
         configuration=args.c,
-        model=preset.model(crop_size, corpus.in_channels, args.mask_ratio),
+        model=model,
         steps=steps,
         batch_size=batch_size,
         window_hu=tuple(args.window),
         crops_per_case=crops_per_case,
         base_lr=preset.base_lr if args.lr is None else args.lr,
+        augment=not args.no_augmentation,
         val_every=args.val_every,
         seed=args.seed,
     )

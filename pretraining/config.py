@@ -11,6 +11,8 @@ from pretraining.masking import num_visible
 
 Size = tuple[int, int, int]
 
+DECODERS = ("hierarchical", "last_layer", "self_attention")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -40,6 +42,10 @@ class ModelConfig:
     """Decoder attention heads."""
     decoder_self_depth: int
     """Self-attention blocks before the cross-attention blocks; published: 2."""
+    decoder: str = "hierarchical"
+    """``hierarchical``: each cross-attention block queries its tap (published). Controls that take the method's two
+    ideas away one by one: ``last_layer``: all query the encoder's final output; ``self_attention``: none queries,
+    ``len(taps)`` further self-attention blocks take their place (a plain MAE)."""
 
     def __post_init__(self) -> None:
         for name in ("img_size", "patch_size", "taps"):
@@ -52,6 +58,8 @@ class ModelConfig:
                 f"decoder_embed_dim={self.decoder_embed_dim} must be divisible by 6 and by "
                 f"decoder_num_heads={self.decoder_num_heads}."
             )
+        if self.decoder not in DECODERS:
+            raise ValueError(f"Unknown decoder='{self.decoder}'; known: {', '.join(DECODERS)}.")
         if not 0 < self.num_visible < self.num_tokens:
             raise ValueError(
                 f"mask_ratio={self.mask_ratio} leaves {self.num_visible} of {self.num_tokens} tokens visible; "
@@ -171,13 +179,13 @@ class Preset:
     epochs: int
     """Passes over the cases if neither -steps nor -epochs is given."""
 
-    def model(self, crop_size: Size, in_channels: int, mask_ratio: float) -> ModelConfig:
-        """The preset's model for a crop size and a number of channels."""
+    def model(self, *, crop_size: Size, patch_size: Size, in_channels: int, **choices: Any) -> ModelConfig:
+        """The preset's model for a crop, patch and channels; ``choices`` are further fields of ModelConfig."""
         encoder = {f.name: getattr(self.encoder, f.name) for f in fields(ViTConfig)}
         return ModelConfig(
-            **{**encoder, "in_channels": in_channels},
+            **{**encoder, "in_channels": in_channels, "patch_size": patch_size},
+            **choices,
             img_size=crop_size,
-            mask_ratio=mask_ratio,
             decoder_embed_dim=self.decoder_embed_dim,
             decoder_num_heads=self.decoder_num_heads,
             decoder_self_depth=2,

@@ -32,7 +32,7 @@ def config() -> RunConfig:
         datasets=(DATASET,),
         plans="nnUNetPlans",
         configuration="3d_fullres",
-        model=PRESETS["tiny"].model(CROP, 1, 0.75),
+        model=PRESETS["tiny"].model(crop_size=CROP, patch_size=(8, 8, 8), in_channels=1, mask_ratio=0.75),
         steps=5,
         batch_size=3,
         crops_per_case=2,

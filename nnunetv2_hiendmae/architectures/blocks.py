@@ -88,8 +88,9 @@ class Block(nn.Module):
         self.mlp = MLP(dim, mlp_ratio)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
+        """Tokens ``(B, N, D)`` to the last ``num_queries`` of them, by default all, updated."""
+        x = x[:, -(num_queries or x.shape[1]) :] + self.drop_path(self.attn(self.norm1(x), num_queries))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -105,9 +106,9 @@ class CrossAttentionBlock(nn.Module):
         self.norm2 = LayerNorm(dim)
         self.mlp = MLP(dim, mlp_ratio)
 
-    def forward(self, x: Tensor, memory: Tensor, num_queries: int) -> Tensor:
-        """Tokens ``(B, N, D)`` and memory ``(B, Nm, D)`` to the last ``num_queries`` tokens, updated."""
-        x = x[:, -num_queries:] + self.self_attn(self.norm0(x), num_queries)
+    def forward(self, x: Tensor, memory: Tensor, num_queries: int | None = None) -> Tensor:
+        """Tokens ``(B, N, D)`` and memory ``(B, Nm, D)`` to the last ``num_queries`` tokens, by default all, updated."""
+        x = x[:, -(num_queries or x.shape[1]) :] + self.self_attn(self.norm0(x), num_queries)
         x = x + self.cross_attn(self.norm1(x), memory)
         return x + self.mlp(self.norm2(x))
 
