@@ -47,5 +47,6 @@ def random_shuffles(batch: int, num_tokens: int) -> Tensor:
 
 def take_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     """Tokens ``(B or 1, L, D)`` at ``ids`` ``(B, N)``: ``(B, N, D)``."""
-    index = ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
-    return torch.gather(tokens.expand(len(ids), -1, -1), 1, index)
+    batch, length, dim = tokens.shape
+    first = torch.arange(batch, device=ids.device).unsqueeze(1) * length  # whole rows are copied, unlike gather's voxels
+    return tokens.reshape(-1, dim).index_select(0, (first + ids).flatten()).view(*ids.shape, dim)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunetv2_hiendmae.architectures.blocks import Block, CrossAttentionBlock, LayerNorm, init_linear
+from nnunetv2_hiendmae.architectures.blocks import Block, CrossAttentionBlock, LayerNorm, init_linear, last
 from nnunetv2_hiendmae.architectures.pos_embed import sincos_pos_embed
 from nnunetv2_hiendmae.architectures.vit import ViT
 from pretraining.config import ModelConfig
@@ -102,7 +102,7 @@ class HiEndMAE(nn.Module):
         taps, final = self.encode(patches, ids_shuffle)
         pred = self.decode(taps, final, ids_shuffle, 1 + config.num_tokens if return_pred else config.num_masked)
         target = self.target(patches, ids_shuffle)
-        loss = F.mse_loss(pred[:, -config.num_masked :].float(), target)
+        loss = F.mse_loss(last(pred, config.num_masked if return_pred else None).float(), target)
         return HiEndMAEOutput(loss, pred if return_pred else None, ids_shuffle)
 
     def encode(self, patches: Tensor, ids_shuffle: Tensor) -> tuple[list[Tensor], Tensor]:
