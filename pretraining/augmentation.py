@@ -1,6 +1,8 @@
-"""The published augmentation, drawn from a generator and applied to one crop in the loader's process.
+"""The published augmentation, drawn from a generator and replayable from its seed.
 
-A draw comes before the crop is read: a rotation by an odd number of quarter turns swaps the two edges to read.
+A draw comes before the crop is read: a rotation by an odd number of quarter turns swaps the two edges to read. Flips
+and rotation move stored voxels in the loader's process; scale and shift are arithmetic on the canonical batch, so they
+happen on the training device.
 """
 
 from __future__ import annotations
@@ -8,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 Size = tuple[int, int, int]
 
@@ -45,11 +49,14 @@ class Augmentation:
             edges[a], edges[b] = edges[b], edges[a]
         return edges[0], edges[1], edges[2]
 
-    def apply(self, crop: np.ndarray) -> np.ndarray:
-        """Crop ``(C, *size_to_read)`` to ``(C, *size)``; intensities are not clipped afterwards, as published."""
-        crop = np.flip(crop, tuple(axis + 1 for axis, flip in enumerate(self.flips) if flip))
-        crop = np.rot90(crop, self.quarter_turns, (self.plane[0] + 1, self.plane[1] + 1))
-        return np.ascontiguousarray(crop * np.float32(self.scale) + np.float32(self.shift))
+    def move(self, crop: np.ndarray) -> Tensor:
+        """Stored crop ``(C, *size_to_read)`` flipped, then rotated like ``np.rot90``: a new ``(C, *size)`` tensor."""
+        a, b = self.plane
+        flipped = {axis for axis, flip in enumerate(self.flips) if flip}
+        # A quarter turn is a flip followed by an exchange of the two axes; half a turn is two flips.
+        flipped ^= {0: set(), 1: {b}, 2: {a, b}, 3: {a}}[self.quarter_turns]
+        moved = torch.from_numpy(crop).flip([axis + 1 for axis in flipped])
+        return moved.transpose(a + 1, b + 1).contiguous() if self.quarter_turns % 2 else moved
 
 
 def rotation_plane(spacing: tuple[float, float, float]) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from pretraining.masking import num_visible
 
 Size = tuple[int, int, int]
 
+PRECISIONS = ("fp32", "bf16", "fp16")
 DECODERS = ("hierarchical", "last_layer", "self_attention")
 
 
@@ -113,7 +114,9 @@ class RunConfig:
     steps: int
     """Optimizer steps."""
     batch_size: int
-    """Crops a step."""
+    """Crops a step, over all GPUs and accumulated micro-batches."""
+    packed_bits: int = 0
+    """Bits a voxel of a packed corpus (8 or 16); 0: nnU-Net's .b2nd files."""
     window_hu: Window = DEFAULT_WINDOW
     """HU range scaled to [0, 1]."""
     crops_per_case: int = 1
@@ -128,19 +131,31 @@ class RunConfig:
     """Decoupled weight decay; published: 0.05."""
     decay_all: bool = False
     """Decay norms, biases and tokens too, as the published code does."""
+    grad_clip: float = 0.0
+    """Norm that gradients are clipped to; 0 (published): not clipped."""
+    precision: str = "fp32"
+    """Of matrix products: fp32, bf16, or fp16 with loss scaling (published)."""
     augment: bool = True
     """Flips, axial 90-degree rotations, intensity scale and shift."""
     val_every: int = 100
     """Steps between held-out reconstruction losses and checkpoints."""
+    log_every: int = 10
+    """Steps that a line of metrics.jsonl averages."""
+    preview_epochs: int = 10
+    """Passes over the cases between pictures of held-out reconstructions; 0: none."""
     seed: int = 41
     """Of weights, case order, crops, augmentation and masks."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "datasets", tuple(self.datasets))
         object.__setattr__(self, "window_hu", tuple(self.window_hu))
-        for name in ("steps", "batch_size", "crops_per_case", "val_every"):
+        for name in ("steps", "batch_size", "crops_per_case", "val_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.grad_clip < 0 or self.preview_epochs < 0:
+            raise ValueError(f"grad_clip={self.grad_clip}, preview_epochs={self.preview_epochs} must be at least 0.")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"Unknown precision='{self.precision}'; known: {', '.join(PRECISIONS)}.")
         if not self.window_hu[0] < self.window_hu[1]:
             raise ValueError(f"window_hu={self.window_hu} is empty: the first value must be below the second.")
         if not self.base_lr > 0 or self.weight_decay < 0:
@@ -156,6 +171,41 @@ class RunConfig:
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
         """Inverse of ``to_dict``."""
         return cls(**{**values, "model": ModelConfig(**values["model"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """How a run is computed. It changes results by rounding only, so a run may be continued with another."""
+
+    device: str
+    """cuda, cpu or mps."""
+    num_workers: int = 0
+    """Loader processes of each rank."""
+    accumulate: int = 1
+    """Micro-batches a step, one after the other: less memory."""
+    activation_checkpointing: bool = False
+    """Keep block inputs only and compute the rest again in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile the model."""
+    keep_checkpoints: int = 2
+    """Latest checkpoints on disk."""
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers={self.num_workers} must be at least 0.")
+        if self.accumulate < 1 or self.keep_checkpoints < 1:
+            raise ValueError(
+                f"accumulate={self.accumulate} and keep_checkpoints={self.keep_checkpoints} must be at least 1."
+            )
+
+    def micro_batch(self, batch_size: int, world_size: int) -> int:
+        """Crops of one forward pass. ``ValueError`` if the batch does not divide."""
+        if batch_size % (world_size * self.accumulate):
+            raise ValueError(
+                f"-batch_size {batch_size} does not divide into {world_size} GPUs (processes) × "
+                f"{self.accumulate} accumulated micro-batches (-accumulate)."
+            )
+        return batch_size // (world_size * self.accumulate)
 
 
 def plain(value: Any) -> Any:

@@ -19,10 +19,11 @@ from matplotlib.figure import Figure
 
 from pretraining.checkpoint import FINAL, load_checkpoint
 from pretraining.config import RunConfig
-from pretraining.corpus import Corpus, DataSet
+from pretraining.corpus import to_canonical
 from pretraining.masking import random_shuffle
 from pretraining.model import HiEndMAE
 from pretraining.phantom import LABELS, write_phantoms
+from pretraining.preprocessed import DataSet, PreprocessedCorpus
 from pretraining.preview import reconstruct
 
 DATASET = "Dataset999_SyntheticTrunk"
@@ -83,10 +84,10 @@ def reconstruct_held_out(out: Path, env: dict[str, str]) -> list[np.ndarray]:
     config = RunConfig.from_dict(checkpoint["config"])
     model = HiEndMAE(config.model)
     model.load_state_dict(checkpoint["network_weights"])
-    corpus = Corpus([DataSet.open(DATASET, config.plans, config.configuration, config.window_hu)])
-    shape, size = corpus.volume(0).shape[1:], config.model.img_size
+    corpus = PreprocessedCorpus([DataSet.open(DATASET, config.plans, config.configuration, config.window_hu)])
+    shape, size = corpus.shape(0), config.model.img_size
     h, w, d = ((edge - n) // 2 for edge, n in zip(shape, size, strict=True))
-    x = torch.from_numpy(corpus.read(0, (h, w, d), size))[None]
+    x = torch.from_numpy(to_canonical(corpus.read(0, (h, w, d), size), corpus.intensity(0)))[None]
     ids = random_shuffle(np.random.default_rng(0), config.model.num_tokens)[None]
     seen, rebuilt = reconstruct(model, x, ids)
     return [t[0, 0].numpy() for t in (x, seen, rebuilt)]

@@ -53,7 +53,7 @@ class Decoder(nn.Module):
 
         Only the last ``num_queries`` tokens are followed through the last block: the loss needs no others.
         """
-        layers = [(block, ()) for block in self.blocks]
+        layers: list[tuple[nn.Module, tuple[Tensor, ...]]] = [(block, ()) for block in self.blocks]
         layers += [(b, (m,)) for b, m in zip(self.cross_attention_blocks, reversed(memories), strict=True)]
         for block, memory in layers[:-1]:
             x = block(x, *memory)

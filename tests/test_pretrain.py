@@ -32,7 +32,11 @@ def tensors(file: Path) -> dict[str, torch.Tensor]:
 
 def test_run_folder_has_everything(pretrained: Path) -> None:
     names = {p.name for p in pretrained.parent.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "progress.png", "checkpoint_final.pth", "encoder_weights.pth"}
+    names = {name for name in names if not name.startswith("events.")}
+    assert names == {
+        "config.json", "metrics.jsonl", "progress.png", "checkpoint_final.pth", "encoder_weights.pth", "previews",
+    }  # fmt: skip
+    assert (pretrained.parent / "previews" / "step_00000006.png").stat().st_size > 10_000
     entries = [json.loads(line) for line in (pretrained.parent / "metrics.jsonl").read_text().splitlines()]
     assert entries[-1]["step"] == 6 and 0 < entries[-1]["val_mean_patch_loss"] <= 1
     weights = load_weights(pretrained)

@@ -107,7 +107,7 @@ class CrossAttentionBlock(nn.Module):
         self.mlp = MLP(dim, mlp_ratio)
 
     def forward(self, x: Tensor, memory: Tensor, num_queries: int | None = None) -> Tensor:
-        """Tokens ``(B, N, D)`` and memory ``(B, Nm, D)`` to the last ``num_queries`` tokens, by default all, updated."""
+        """Tokens ``(B, N, D)`` and memory ``(B, Nm, D)`` to the last ``num_queries`` tokens, by default all."""
         x = last(x, num_queries) + self.self_attn(self.norm0(x), num_queries)
         x = x + self.cross_attn(self.norm1(x), memory)
         return x + self.mlp(self.norm2(x))
