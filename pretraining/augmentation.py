@@ -1,13 +1,13 @@
 """The published augmentation, drawn from a generator and replayable from its seed.
 
-A draw comes before the crop is read: a rotation by an odd number of quarter turns swaps the two edges to read. Flips
-and rotation move stored voxels in the loader's process; scale and shift are arithmetic on the canonical batch, so they
-happen on the training device.
+A draw comes before the crop is read: a rotation by an odd number of quarter turns swaps the two edges to read, so the
+loader exchanges axes. The rest, flips, scale and shift, keeps the shape of a batch and is done on the training device.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -49,16 +49,36 @@ class Augmentation:
             edges[a], edges[b] = edges[b], edges[a]
         return edges[0], edges[1], edges[2]
 
-    def move(self, crop: np.ndarray) -> Tensor:
-        """Stored crop ``(C, *size_to_read)`` flipped, then rotated like ``np.rot90``: a new ``(C, *size)`` tensor."""
+    def exchange_axes(self, crop: np.ndarray) -> np.ndarray:
+        """A view ``(C, *size)`` of a crop ``(C, *size_to_read)``: the loader's part of the rotation."""
+        return crop.swapaxes(self.plane[0] + 1, self.plane[1] + 1) if self.quarter_turns % 2 else crop
+
+    @property
+    def flips_afterwards(self) -> tuple[bool, bool, bool]:
+        """Axes to flip after the exchange, for ``flips`` followed by a rotation like ``np.rot90``."""
         a, b = self.plane
-        flipped = {axis for axis, flip in enumerate(self.flips) if flip}
-        # A quarter turn is a flip followed by an exchange of the two axes; half a turn is two flips.
-        flipped ^= {0: set(), 1: {b}, 2: {a, b}, 3: {a}}[self.quarter_turns]
-        moved = torch.from_numpy(crop).flip([axis + 1 for axis in flipped])
-        return moved.transpose(a + 1, b + 1).contiguous() if self.quarter_turns % 2 else moved
+        flips = list(self.flips)
+        if self.quarter_turns % 2:
+            flips[a], flips[b] = flips[b], flips[a]
+        for axis in {0: (), 1: (a,), 2: (a, b), 3: (b,)}[self.quarter_turns]:
+            flips[axis] = not flips[axis]
+        return flips[0], flips[1], flips[2]
 
 
+def flip_crops(image: Tensor, flips: Tensor) -> Tensor:
+    """Batch ``(B, C, H, W, D)`` with each crop flipped along the axes of ``flips`` ``(B, 3)``, bool and on the CPU."""
+    patterns = (flips * torch.tensor((1, 2, 4))).sum(1)
+    flipped = image
+    for pattern in patterns.unique().tolist():
+        axes = [axis + 2 for axis in range(3) if pattern >> axis & 1]
+        if axes:
+            flipped = image.clone() if flipped is image else flipped
+            chosen = (patterns == pattern).nonzero()[:, 0].to(image.device)
+            flipped[chosen] = image[chosen].flip(axes)
+    return flipped
+
+
+@cache
 def rotation_plane(spacing: tuple[float, float, float]) -> tuple[int, int]:
     """The two axes whose spacings are closest, the axial plane of most CT; a tie goes to the last two."""
     pairs = [(1, 2), (0, 1), (0, 2)]

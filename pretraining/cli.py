@@ -248,7 +248,7 @@ def work(job: Job) -> None:
     except (OSError, RuntimeError) as error:
         leave(1, f"error: {first_line(error)}. Continue from the last checkpoint with --c", every_rank=True)
     except KeyboardInterrupt:
-        leave(130, "interrupted; the same command with --c continues from the last checkpoint")
+        leave(130, "interrupted; --c continues from the last checkpoint")
     if sha256:
         print(f"Encoder weights: {job.folder / 'encoder_weights.pth'} (sha256 {sha256})")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from nnunetv2_hiendmae.architectures.vit import ENCODERS, ViTConfig
@@ -72,7 +73,7 @@ class ModelConfig:
         """The part that fine-tuning keeps."""
         return ViTConfig(**{f.name: getattr(self, f.name) for f in fields(ViTConfig)})
 
-    @property
+    @cached_property
     def grid(self) -> Size:
         """Tokens per axis."""
         h, w, d = (s // p for s, p in zip(self.img_size, self.patch_size, strict=True))
@@ -255,6 +256,7 @@ PRESETS: dict[str, Preset] = {
         base_lr=1e-3,
         epochs=100,
     ),
+    "small_p12": Preset(encoder=ENCODERS["small_p12"], decoder_embed_dim=192, decoder_num_heads=6, **PUBLISHED),  # type: ignore[arg-type]
     "base_p16": Preset(encoder=ENCODERS["base_p16"], decoder_embed_dim=384, decoder_num_heads=12, **PUBLISHED),  # type: ignore[arg-type]
     "large_p16": Preset(encoder=ENCODERS["large_p16"], decoder_embed_dim=528, decoder_num_heads=16, **PUBLISHED),  # type: ignore[arg-type]
     "large_p12": Preset(encoder=ENCODERS["large_p12"], decoder_embed_dim=528, decoder_num_heads=16, **PUBLISHED),  # type: ignore[arg-type]

@@ -88,7 +88,7 @@ def reconstruct_held_out(out: Path, env: dict[str, str]) -> list[np.ndarray]:
     shape, size = corpus.shape(0), config.model.img_size
     h, w, d = ((edge - n) // 2 for edge, n in zip(shape, size, strict=True))
     x = torch.from_numpy(to_canonical(corpus.read(0, (h, w, d), size), corpus.intensity(0)))[None]
-    ids = random_shuffle(np.random.default_rng(0), config.model.num_tokens)[None]
+    ids = torch.from_numpy(random_shuffle(np.random.default_rng(0), config.model.num_tokens))[None]
     seen, rebuilt = reconstruct(model, x, ids)
     return [t[0, 0].numpy() for t in (x, seen, rebuilt)]
 

@@ -35,9 +35,9 @@ def num_visible(num_tokens: int, mask_ratio: float) -> int:
     return int(num_tokens * (1 - mask_ratio))
 
 
-def random_shuffle(rng: np.random.Generator, num_tokens: int) -> Tensor:
+def random_shuffle(rng: np.random.Generator, num_tokens: int) -> np.ndarray:
     """One random order of the tokens, ``(L,)`` int64; its first V entries are the visible ones."""
-    return torch.from_numpy(rng.permutation(num_tokens))
+    return rng.permutation(num_tokens)
 
 
 def random_shuffles(batch: int, num_tokens: int) -> Tensor:

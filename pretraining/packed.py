@@ -63,6 +63,10 @@ class PackedCorpus:
         self.folder = folder
         self._shards: OrderedDict[Path, np.ndarray] = OrderedDict()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Mapped files do not travel to loader processes."""
+        return {**self.__dict__, "_shards": OrderedDict()}
+
     def _read_header(self) -> None:
         header = self.header
         self.bits, self.in_channels = int(header["bits"]), int(header["in_channels"])
@@ -112,9 +116,9 @@ class PackedCorpus:
         if file not in self._shards:
             try:
                 if file.suffix == ".npy":
-                    mapped = np.load(file, mmap_mode="c", allow_pickle=False)
+                    mapped = np.asarray(np.load(file, mmap_mode="c", allow_pickle=False))
                 else:
-                    mapped = np.memmap(file, DTYPES[self.bits], mode="c")
+                    mapped = np.asarray(np.memmap(file, DTYPES[self.bits], mode="c"))
             except (OSError, ValueError) as error:
                 raise ValueError(f"Cannot read {file} ({error}). Check with 'hiendmae_pack --verify'.") from None
             remember(self._shards, file, mapped, 2 * OPEN_SHARDS)

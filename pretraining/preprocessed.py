@@ -97,6 +97,10 @@ class PreprocessedCorpus:
         self._volumes: OrderedDict[int, Any] = OrderedDict()
         self._body: OrderedDict[int, np.ndarray] = OrderedDict()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Open files do not travel to loader processes."""
+        return {**self.__dict__, "_volumes": OrderedDict()}
+
     def subset(self, cases: range) -> PreprocessedCorpus:
         """Some of the cases, renumbered from 0, of the same data sets in the same order."""
         chosen: list[list[str]] = [[] for _ in self.sources]

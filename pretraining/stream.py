@@ -17,13 +17,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from pretraining.augmentation import Augmentation, rotation_plane
+from pretraining.augmentation import Augmentation, flip_crops, rotation_plane
 from pretraining.config import RunConfig
 from pretraining.corpus import Corpus, choose_start
 from pretraining.masking import random_shuffle
 
 # What a generator is for; keeps streams apart that share a seed.
 ORDER, CROP, HELD_OUT, SPLIT = range(4)
+
+
+Batch = dict[str, Tensor]
 
 
 @dataclass
@@ -40,9 +43,9 @@ class CropStream(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One crop, as stored: ``canonical_crops`` makes a batch of them what the model sees.
 
-        ``image`` (C, *img_size) in the corpus's dtype; ``intensity`` (C, 2) float32, its map to the canonical domain;
-        ``jitter`` (2,) float32, augmentation's scale and shift; ``ids_shuffle`` (L,) int64; ``case`` and ``start`` tell
-        where it is from.
+        ``image`` (C, *img_size) in the corpus's dtype, a view of the file where possible: collating is the one copy;
+        ``intensity`` (C, 2) float32, its map to the canonical domain; ``flips`` (3,) bool and ``jitter`` (2,), its
+        augmentation; ``ids_shuffle`` (L,) int64; ``case`` and ``start`` tell where it is from.
         """
         config, model = self.config, self.config.model
         rng = np.random.default_rng((config.seed, self.purpose, index))
@@ -52,12 +55,13 @@ class CropStream(Dataset):
         size = draw.size_to_read(model.img_size)
         start = choose_start(self.corpus, rng, case, size, config.body_fraction)
         return {
-            "image": draw.move(self.corpus.read(case, start, size)),
-            "intensity": torch.from_numpy(self.corpus.intensity(case)),
-            "jitter": torch.tensor((draw.scale, draw.shift), dtype=torch.float32),
+            "image": torch.from_numpy(draw.exchange_axes(self.corpus.read(case, start, size))),
+            "intensity": self.corpus.intensity(case),
+            "flips": draw.flips_afterwards,
+            "jitter": (draw.scale, draw.shift),
             "ids_shuffle": random_shuffle(rng, model.num_tokens),
             "case": case,
-            "start": torch.tensor(start),
+            "start": start,
         }
 
     def case_of(self, visit: int) -> int:
@@ -69,12 +73,18 @@ class CropStream(Dataset):
         return int(self._order[1][position])
 
 
+def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """A batch: images as torch does it, in shared memory if need be; the small rest at once, which is much faster."""
+    rest = {name: torch.from_numpy(np.array([s[name] for s in samples])) for name in samples[0] if name != "image"}
+    return {**rest, "image": default_collate([s["image"] for s in samples]), "jitter": rest["jitter"].float()}
+
+
 def canonical_crops(batch: dict[str, Any], device: torch.device) -> Tensor:
     """What the model sees: ``(B, C, H, W, D)`` float32 in [0, 1], but for augmentation, which is not clipped.
 
     The compact stored dtype is what travels to the device.
     """
-    image = batch["image"].to(device, non_blocking=True).float()
+    image = flip_crops(batch["image"].to(device, non_blocking=True), batch["flips"]).float()
     scale, shift = batch["intensity"].to(device, non_blocking=True)[..., None, None, None].unbind(2)  # (B, C, 1, 1, 1)
     gain, offset = batch["jitter"].to(device, non_blocking=True)[..., None, None, None, None].unbind(1)
     return (image * scale).add_(shift).clamp_(0, 1).mul_(gain).add_(offset)  # the batch itself stays as it is
@@ -125,6 +135,7 @@ def train_loader(stream: CropStream, sampler: MicroBatches, num_workers: int, pi
     return DataLoader(
         stream,
         batch_sampler=sampler,
+        collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
@@ -141,4 +152,4 @@ def leave_signals_to_the_trainer(_: int) -> None:
 def held_out_batches(stream: CropStream, num_crops: int, batch_size: int) -> list[dict[str, Any]]:
     """Fixed crops of the held-out cases, the same at each validation."""
     chunks = [range(i, min(i + batch_size, num_crops)) for i in range(0, num_crops, batch_size)]
-    return [default_collate([stream[i] for i in chunk]) for chunk in chunks]
+    return [collate([stream[i] for i in chunk]) for chunk in chunks]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -34,6 +35,7 @@ from pretraining.logs import Recorder
 from pretraining.model import HiEndMAE
 from pretraining.stream import (
     HELD_OUT,
+    Batch,
     CropStream,
     MicroBatches,
     canonical_crops,
@@ -46,8 +48,6 @@ from pretraining.stream import (
 HELD_OUT_CROPS = 64
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-Batch = dict[str, Any]
 
 
 @dataclass
@@ -92,11 +92,12 @@ def train(
     """Pre-train, or continue, in a run folder, as one rank of the process group.
 
     Returns:
-        The sha256 of the exported encoder, or None if a signal asked for an early end; a checkpoint is then written.
+        The sha256 of the exported encoder; None if a scheduler's signal asked for an early end, after a checkpoint.
 
     Raises:
         ValueError: continued with another config, or all checkpoints are damaged.
         FloatingPointError: the loss is not finite; names the step, cases and crop positions.
+        KeyboardInterrupt: Ctrl-C, after a checkpoint.
     """
     state = TrainState.create(config, device)
     checkpoint = load_checkpoint(folder) if resume else None
@@ -148,6 +149,9 @@ def train(
                     save_latest(folder, state.to_dict(config), runtime.keep_checkpoints)
                     record.close()
                     print(f"Stopped after step {state.step}; checkpoint written. The same command with --c continues.")
+                    sys.stdout.flush()
+                if stop.signal == signal.SIGINT:
+                    raise KeyboardInterrupt
                 return None
     if record is None:
         return ""

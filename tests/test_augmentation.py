@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pretraining.augmentation import Augmentation, rotation_plane
+from pretraining.augmentation import Augmentation, flip_crops, rotation_plane
 from pretraining.stream import canonical_crops
 
 
@@ -17,10 +17,16 @@ def test_rotation_off_the_cube_gives_the_crop_size() -> None:
     draw = Augmentation(quarter_turns=1, plane=(1, 2))
     assert draw.size_to_read(size) == (4, 10, 6)
     crop = np.random.default_rng(0).random((2, *draw.size_to_read(size)), np.float32)
-    rotated = draw.move(crop).numpy()
+    rotated = moved(draw, crop)
     assert rotated.shape == (2, *size)
     # One quarter turn takes the last column to the first row.
     np.testing.assert_array_equal(rotated[:, :, 0, :], crop[:, :, :, -1])
+
+
+def moved(draw: Augmentation, crop: np.ndarray) -> np.ndarray:
+    """Both parts of a draw, the loader's and the device's."""
+    batch = torch.from_numpy(draw.exchange_axes(crop))[None]
+    return flip_crops(batch, torch.tensor([draw.flips_afterwards]))[0].numpy()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8, np.int16])
@@ -28,16 +34,25 @@ def test_every_draw_moves_like_numpy(dtype: type) -> None:
     crop = np.arange(2 * 4 * 4 * 4).reshape(2, 4, 4, 4).astype(dtype)
     for flips in itertools.product((False, True), repeat=3):
         for turns, plane in itertools.product(range(4), [(0, 1), (0, 2), (1, 2)]):
-            moved = Augmentation(flips=flips, quarter_turns=turns, plane=plane).move(crop)
             flipped = np.flip(crop, [axis + 1 for axis in range(3) if flips[axis]])
-            np.testing.assert_array_equal(moved.numpy(), np.rot90(flipped, turns, (plane[0] + 1, plane[1] + 1)))
-            assert moved.is_contiguous()
+            expected = np.rot90(flipped, turns, (plane[0] + 1, plane[1] + 1))
+            draw = Augmentation(flips=flips, quarter_turns=turns, plane=plane)
+            np.testing.assert_array_equal(moved(draw, crop), expected)
+
+
+def test_a_batch_is_flipped_crop_by_crop() -> None:
+    flips = torch.tensor(list(itertools.product((False, True), repeat=3)))
+    image = torch.arange(8 * 24).reshape(8, 1, 2, 3, 4)
+    for one, flip, result in zip(image, flips, flip_crops(image, flips), strict=True):
+        assert torch.equal(result, one.flip([axis + 1 for axis in range(3) if flip[axis]]))
+    assert torch.equal(image.flatten(), torch.arange(8 * 24))
 
 
 def test_intensities_change_after_the_window_is_clipped() -> None:
     batch = {
         "image": torch.tensor([0, 128, 255], dtype=torch.uint8).reshape(1, 1, 1, 1, 3),
         "intensity": torch.tensor([[[2 / 255, -0.5]]]),
+        "flips": torch.zeros(1, 3, dtype=torch.bool),
         "jitter": torch.tensor([[1.1, -0.05]]),
     }
     before = batch["image"].clone()

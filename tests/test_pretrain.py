@@ -14,7 +14,7 @@ from conftest import DATASET, World
 
 from nnunetv2_hiendmae.weights import load_weights
 from pretraining.cli import parser
-from pretraining.config import ModelConfig, RunConfig
+from pretraining.config import ModelConfig, RunConfig, Runtime
 from pretraining.masking import patchify
 from pretraining.model import HiEndMAE
 from pretraining.preview import reconstruct
@@ -119,18 +119,15 @@ def test_unset_folder_is_named(world: World, variable: str, monkeypatch: pytest.
     assert f"The environment variable {variable} is not set" in done.stderr
 
 
-def test_flags_cover_the_run_config() -> None:
+def test_flags_cover_config_and_runtime() -> None:
     flags = {action.dest for action in parser()._actions}
-    names = {"datasets": "d", "plans": "p", "configuration": "c", "base_lr": "lr", "window_hu": "window"}
-    fixed = {
-        "model",
-        "body_fraction",
-        "warmup_fraction",
-        "weight_decay",
-        "decay_all",
-        "augment",
-    }  # published; set in Python
-    assert {names.get(f.name, f.name) for f in fields(RunConfig)} - fixed <= flags
+    names = {
+        "datasets": "d", "plans": "p", "configuration": "c", "base_lr": "lr", "window_hu": "window",
+        "augment": "no_augmentation", "packed_bits": "packed",
+    }  # fmt: skip
+    python_only = {"model", "body_fraction", "warmup_fraction", "weight_decay", "decay_all"}
+    settings = {f.name for config in (RunConfig, Runtime) for f in fields(config)} - python_only
+    assert {names.get(name, name) for name in settings} <= flags
 
 
 def test_reconstruction_pastes_and_denormalises() -> None:
