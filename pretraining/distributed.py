@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -125,4 +126,13 @@ def run_rank(rank: int, world_size: int, port: int, function: Callable[..., None
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    threading.Thread(target=follow_the_launcher, daemon=True).start()
     function(*args)
+
+
+def follow_the_launcher() -> None:
+    """If the launcher is killed, its ranks write a checkpoint and end instead of training on unseen."""
+    launcher = mp.parent_process()
+    assert launcher is not None
+    launcher.join()
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -135,7 +135,7 @@ def open_wandb(folder: Path, config: RunConfig) -> Any:
 
     return wandb.init(
         project=os.environ.get("nnUNet_wandb_project", "nnunet"),
-        mode=os.environ.get("nnUNet_wandb_mode", "online"),
+        mode=os.environ.get("nnUNet_wandb_mode", "online"),  # type: ignore[arg-type, unused-ignore]
         name=folder.name,
         dir=str(folder),
         config=config.to_dict(),

@@ -48,6 +48,14 @@ def wait_for(process: subprocess.Popen[str], beginning: str) -> None:
     raise AssertionError(f"the process ended before it wrote '{beginning}'")
 
 
+def descendants(pid: int, pattern: str = "") -> list[int]:
+    """Processes below one, whose command line matches."""
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout.split()
+    below = [int(child) for child in found]
+    commands = {child: Path(f"/proc/{child}/cmdline").read_bytes().decode() for child in below}
+    return [c for c in below if pattern in commands[c]] + [d for c in below for d in descendants(c, pattern)]
+
+
 @pytest.fixture(scope="module")
 def alone(world: World) -> Iterator[World]:
     """A run of 20 steps as one process, with the loss of every step."""
@@ -77,6 +85,7 @@ def test_other_ways_to_compute_the_same(alone: World, flags: str) -> None:
     assert losses(alone, run) == pytest.approx(losses(alone, "alone"), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_five_kills(alone: World) -> None:
     """kill -9 at random moments, five times; the final weights are those of the uninterrupted run, bit for bit."""
     command = f"hiendmae_pretrain -d 901 {SMALL} -steps 20 -batch_size 4 -log_every 1 -val_every 2 -run killed"
@@ -121,14 +130,39 @@ def test_signal_reaches_every_rank(world: World) -> None:
     assert process.returncode == 0 and "checkpoint written" in log and "Traceback" not in log
 
 
+@pytest.mark.slow
+def test_a_scheduler_signals_torchrun_and_its_ranks(world: World) -> None:
+    """As in the SLURM script: torchrun ignores SIGUSR1, its ranks write a checkpoint and end."""
+    torchrun = Path(sys.executable).with_name("torchrun")
+    command = f"{torchrun} --standalone --nproc_per_node 2 -m pretraining {ENDLESS.split(' ', 1)[1]} -run torch"
+    process = subprocess.Popen(
+        ["bash", "-c", f"trap '' USR1; exec {command}"], env=world.env, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    wait_for(process, "step 5/")
+    for pid in [process.pid, *descendants(process.pid)]:  # a job step is signalled process by process
+        os.kill(pid, signal.SIGUSR1)
+    log, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, log
+    assert log.count("checkpoint written. The same command with --c continues.") == 1 and "Traceback" not in log
+
+
+def test_a_killed_launcher_takes_its_ranks_along(world: World) -> None:
+    process = start(world, f"{ENDLESS} -num_gpus 2 -run launcher")
+    wait_for(process, "step 5/")
+    process.kill()
+    log, _ = process.communicate(timeout=60)  # returns when the ranks, which hold the pipe, have ended
+    assert "checkpoint written" in log
+
+
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run(world: World) -> None:
     process = start(
         world, f"hiendmae_pretrain -d 901 {SMALL} -steps 100000 -batch_size 2 -val_every 5 -num_gpus 2 -run orphan"
     )
     wait_for(process, "step 5/")
-    children = subprocess.check_output(["pgrep", "-f", "-P", str(process.pid), "spawn_main"], text=True)
-    ranks = [int(line) for line in children.split()]
-    assert len(ranks) == 2
+    ranks = descendants(process.pid, "spawn_main")
+    assert len(ranks) >= 2
     os.kill(ranks[1], signal.SIGKILL)
     log, _ = process.communicate(timeout=90)
     assert process.returncode == 1 and "--c" in log
@@ -190,35 +224,29 @@ def test_non_finite_loss_stops_before_the_step(world: World) -> None:
 
 
 def test_full_disk_keeps_the_old_checkpoint(world: World, tmp_path: Path) -> None:
-    """A results folder of 60 MB: the first checkpoints fit, a later one does not."""
+    """The results folder is a small file system that fills up after the first checkpoint."""
     results = tmp_path / "small"
     results.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", str(results)], check=False, capture_output=True
-    ).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=250m", "tmpfs", str(results)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("no permission to mount a small file system")
     try:
         env = {"nnUNet_results": str(results)}
-        flags = f"-d 901 {SMALL} -batch_size 2 -val_every 2 -steps 8 -run full -keep_checkpoints 1"
-        (results / "filler").write_bytes(b"0" * 2**20)
-        process = start(world, f"hiendmae_pretrain {flags}", **env)
+        command = f"hiendmae_pretrain -d 901 {SMALL} -batch_size 2 -val_every 2 -steps 8 -run full -keep_checkpoints 1"
+        process = start(world, command, **env)
         wait_for(process, "step 2/")
-        while not list(results.rglob("checkpoint_latest.pth")):
-            time.sleep(0.05)
-        with open(results / "filler", "ab") as filler:
-            try:
-                while True:
-                    filler.write(b"0" * 2**16)
-                    filler.flush()
-            except OSError:
-                pass
+        wait_for(process, "step 4/")  # so the checkpoint of step 2 is there
+        free = os.statvfs(results).f_bavail * os.statvfs(results).f_frsize
+        assert free > 2**21, f"{free} bytes are free"
+        (results / "filler").write_bytes(bytes(free - 2**20))
         log, _ = process.communicate(timeout=60)
         assert process.returncode == 1 and "Traceback" not in log, log
         assert "could not be written" in log or "No space left" in log
         latest = next(results.rglob("checkpoint_latest.pth"))
         assert torch.load(latest, weights_only=True)["step"] >= 2
+        assert not list(results.rglob("*.tmp"))
         (results / "filler").unlink()
-        assert "Encoder weights" in world.run(f"hiendmae_pretrain {flags} --c", **env)
+        assert "Encoder weights" in world.run(f"{command} --c", **env)
     finally:
         subprocess.run(["umount", str(results)], check=True)
 
@@ -240,6 +268,7 @@ print((rss() - before) / 2**20)
 """
 
 
+@pytest.mark.slow
 def test_memory_stays_flat(world: World) -> None:
     """Resident memory after 10,000 crops is that after 1,000."""
     world.run("hiendmae_pack -d 901 -o HiEndMAE_packed_leak")
