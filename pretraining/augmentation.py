@@ -1,7 +1,7 @@
 """The published augmentation, drawn from a generator and replayable from its seed.
 
-A draw comes before the crop is read: a rotation by an odd number of quarter turns swaps the two edges to read, so the
-loader exchanges axes. The rest, flips, scale and shift, keeps the shape of a batch and is done on the training device.
+A draw comes before the crop is read: a rotation by an odd number of quarter turns swaps the two edges to read. What
+keeps the shape of a batch is done on the training device.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ FLIP_P = 0.5
 ROTATE_P = 0.3
 INTENSITY_P = 0.1
 INTENSITY_RANGE = 0.1
+EXCHANGES = ((0, 0), (0, 1), (0, 2), (1, 2))
+"""Pairs of axes; the first is none."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,17 @@ class Augmentation:
             edges[a], edges[b] = edges[b], edges[a]
         return edges[0], edges[1], edges[2]
 
-    def exchange_axes(self, crop: np.ndarray) -> np.ndarray:
-        """A view ``(C, *size)`` of a crop ``(C, *size_to_read)``: the loader's part of the rotation."""
-        return crop.swapaxes(self.plane[0] + 1, self.plane[1] + 1) if self.quarter_turns % 2 else crop
+    def exchange_in_loader(self, crop: np.ndarray) -> tuple[np.ndarray, int]:
+        """A view ``(C, *size)`` of a crop ``(C, *size_to_read)``, and the exchange left to the device.
+
+        Off the cube an exchange changes the shape, so it comes before crops are put into a batch; else the device does
+        it, faster.
+        """
+        a, b = self.plane
+        if self.quarter_turns % 2 == 0:
+            return crop, 0
+        same = crop.shape[a + 1] == crop.shape[b + 1]
+        return (crop, EXCHANGES.index(self.plane)) if same else (crop.swapaxes(a + 1, b + 1), 0)
 
     @property
     def flips_afterwards(self) -> tuple[bool, bool, bool]:
@@ -65,17 +75,26 @@ class Augmentation:
         return flips[0], flips[1], flips[2]
 
 
-def flip_crops(image: Tensor, flips: Tensor) -> Tensor:
-    """Batch ``(B, C, H, W, D)`` with each crop flipped along the axes of ``flips`` ``(B, 3)``, bool and on the CPU."""
-    patterns = (flips * torch.tensor((1, 2, 4))).sum(1)
-    flipped = image
-    for pattern in patterns.unique().tolist():
-        axes = [axis + 2 for axis in range(3) if pattern >> axis & 1]
-        if axes:
-            flipped = image.clone() if flipped is image else flipped
-            chosen = (patterns == pattern).nonzero()[:, 0].to(image.device)
-            flipped[chosen] = image[chosen].flip(axes)
-    return flipped
+def orient_crops(image: Tensor, exchange: Tensor, flips: Tensor) -> Tensor:
+    """Batch ``(B, C, H, W, D)``, each crop with two axes exchanged, then flipped.
+
+    Args:
+        image: crops.
+        exchange: ``(B,)`` int64 on the CPU, into ``EXCHANGES``.
+        flips: ``(B, 3)`` bool on the CPU.
+    """
+    orientations = exchange * 8 + (flips * torch.tensor((1, 2, 4))).sum(1)
+    if not orientations.any():
+        return image
+    oriented = image.clone()
+    for orientation in orientations.unique().tolist():
+        chosen = (orientations == orientation).nonzero()[:, 0].to(image.device)
+        some = image[chosen]
+        if orientation >= 8:
+            a, b = EXCHANGES[orientation // 8]
+            some = some.transpose(a + 2, b + 2)
+        oriented[chosen] = some.flip([axis + 2 for axis in range(3) if orientation >> axis & 1])
+    return oriented
 
 
 @cache

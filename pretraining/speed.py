@@ -34,7 +34,7 @@ def data_path(corpora: dict[str, Corpus], config: RunConfig, seconds: float) -> 
     """Crops/s of one process, taken in turns; the median of the rounds.
 
     ``nnU-Net .b2nd read`` opens a case as nnU-Net's loader does and copies a random crop of its image, no more;
-    the others are whole samples in a batch: choice of place, read, exchange of axes, mask, collation.
+    the others are what a loader process does for a batch: choice of place, read, mask, collation.
     """
     takers: dict[str, Callable[[int], Any]] = {}
     for name, corpus in corpora.items():
@@ -143,6 +143,7 @@ def random_batch(config: RunConfig, size: int) -> dict[str, torch.Tensor]:
     return {
         "image": torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
         "intensity": torch.tensor((1 / 255, 0.0)).expand(size, model.in_channels, 2),
+        "exchange": torch.zeros(size, dtype=torch.int64),
         "flips": torch.zeros(size, 3, dtype=torch.bool),
         "jitter": torch.tensor((1.0, 0.0)).expand(size, 2),
         "ids_shuffle": torch.rand(size, model.num_tokens, generator=generator).argsort(1),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from pretraining.augmentation import Augmentation, flip_crops, rotation_plane
+from pretraining.augmentation import Augmentation, orient_crops, rotation_plane
 from pretraining.config import RunConfig
 from pretraining.corpus import Corpus, choose_start
 from pretraining.masking import random_shuffle
@@ -44,8 +44,8 @@ class CropStream(Dataset):
         """One crop, as stored: ``canonical_crops`` makes a batch of them what the model sees.
 
         ``image`` (C, *img_size) in the corpus's dtype, a view of the file where possible: collating is the one copy;
-        ``intensity`` (C, 2) float32, its map to the canonical domain; ``flips`` (3,) bool and ``jitter`` (2,), its
-        augmentation; ``ids_shuffle`` (L,) int64; ``case`` and ``start`` tell where it is from.
+        ``intensity`` (C, 2) float32, its map to the canonical domain; ``exchange``, ``flips`` (3,) and ``jitter``
+        (2,), its augmentation; ``ids_shuffle`` (L,) int64; ``case`` and ``start`` tell where it is from.
         """
         config, model = self.config, self.config.model
         rng = np.random.default_rng((config.seed, self.purpose, index))
@@ -54,9 +54,11 @@ class CropStream(Dataset):
         draw = Augmentation.draw(rng, rotation_plane(self.corpus.dataset(case).spacing)) if augment else Augmentation()
         size = draw.size_to_read(model.img_size)
         start = choose_start(self.corpus, rng, case, size, config.body_fraction)
+        crop, exchange = draw.exchange_in_loader(self.corpus.read(case, start, size))
         return {
-            "image": torch.from_numpy(draw.exchange_axes(self.corpus.read(case, start, size))),
+            "image": torch.from_numpy(crop),
             "intensity": self.corpus.intensity(case),
+            "exchange": exchange,
             "flips": draw.flips_afterwards,
             "jitter": (draw.scale, draw.shift),
             "ids_shuffle": random_shuffle(rng, model.num_tokens),
@@ -84,7 +86,8 @@ def canonical_crops(batch: dict[str, Any], device: torch.device) -> Tensor:
 
     The compact stored dtype is what travels to the device.
     """
-    image = flip_crops(batch["image"].to(device, non_blocking=True), batch["flips"]).float()
+    image = batch["image"].to(device, non_blocking=True)
+    image = orient_crops(image, batch["exchange"], batch["flips"]).float()
     scale, shift = batch["intensity"].to(device, non_blocking=True)[..., None, None, None].unbind(2)  # (B, C, 1, 1, 1)
     gain, offset = batch["jitter"].to(device, non_blocking=True)[..., None, None, None, None].unbind(1)
     return (image * scale).add_(shift).clamp_(0, 1).mul_(gain).add_(offset)  # the batch itself stays as it is

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pretraining.augmentation import Augmentation, flip_crops, rotation_plane
+from pretraining.augmentation import Augmentation, orient_crops, rotation_plane
 from pretraining.stream import canonical_crops
 
 
@@ -25,8 +25,9 @@ def test_rotation_off_the_cube_gives_the_crop_size() -> None:
 
 def moved(draw: Augmentation, crop: np.ndarray) -> np.ndarray:
     """Both parts of a draw, the loader's and the device's."""
-    batch = torch.from_numpy(draw.exchange_axes(crop))[None]
-    return flip_crops(batch, torch.tensor([draw.flips_afterwards]))[0].numpy()
+    crop, exchange = draw.exchange_in_loader(crop)
+    flips = torch.tensor([draw.flips_afterwards])
+    return orient_crops(torch.from_numpy(crop)[None], torch.tensor([exchange]), flips)[0].numpy()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8, np.int16])
@@ -43,7 +44,8 @@ def test_every_draw_moves_like_numpy(dtype: type) -> None:
 def test_a_batch_is_flipped_crop_by_crop() -> None:
     flips = torch.tensor(list(itertools.product((False, True), repeat=3)))
     image = torch.arange(8 * 24).reshape(8, 1, 2, 3, 4)
-    for one, flip, result in zip(image, flips, flip_crops(image, flips), strict=True):
+    oriented = orient_crops(image, torch.zeros(8, dtype=torch.int64), flips)
+    for one, flip, result in zip(image, flips, oriented, strict=True):
         assert torch.equal(result, one.flip([axis + 1 for axis in range(3) if flip[axis]]))
     assert torch.equal(image.flatten(), torch.arange(8 * 24))
 
@@ -52,6 +54,7 @@ def test_intensities_change_after_the_window_is_clipped() -> None:
     batch = {
         "image": torch.tensor([0, 128, 255], dtype=torch.uint8).reshape(1, 1, 1, 1, 3),
         "intensity": torch.tensor([[[2 / 255, -0.5]]]),
+        "exchange": torch.zeros(1, dtype=torch.int64),
         "flips": torch.zeros(1, 3, dtype=torch.bool),
         "jitter": torch.tensor([[1.1, -0.05]]),
     }

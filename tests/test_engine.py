@@ -223,6 +223,7 @@ def test_non_finite_loss_stops_before_the_step(world: World) -> None:
     assert model(canonical_crops(batch, torch.device("cpu")), batch["ids_shuffle"]).loss.isnan()
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_the_old_checkpoint(world: World, tmp_path: Path) -> None:
     """The results folder is a small file system that fills up after the first checkpoint."""
     results = tmp_path / "small"
