@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nnunetv2.paths import nnUNet_preprocessed
 
 from nnunetv2_hiendmae.folders import results_folder
 from nnunetv2_hiendmae.weights import WEIGHTS_FILE, atomic_file, load_tensors, save_weights
 from pretraining.config import RunConfig, plain
 from pretraining.corpus import Corpus
 from pretraining.model import HiEndMAE
+from pretraining.provenance import read_provenance
 
 LATEST = "checkpoint_latest.pth"
 FINAL = "checkpoint_final.pth"
@@ -95,6 +97,11 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def provenance_of(dataset: str) -> dict[str, Any] | None:
+    """The manifest of a data set that hiendmae_plan_and_preprocess made, if it is at hand."""
+    return read_provenance(Path(str(nnUNet_preprocessed)) / dataset) if nnUNet_preprocessed.is_set() else None
+
+
 def export_encoder(folder: Path, model: HiEndMAE, config: RunConfig, corpus: Corpus) -> str:
     """Write the encoder with its header as a weights file; returns the sha256. Its presence marks the run finished."""
     header = {
@@ -107,6 +114,7 @@ def export_encoder(folder: Path, model: HiEndMAE, config: RunConfig, corpus: Cor
         "steps": config.steps,
         "batch_size": config.batch_size,
         "decoder": config.model.decoder,
+        "provenance": [m for m in (provenance_of(d.name) for d in corpus.datasets) if m is not None],
         "licence": "that of the training data; not stated",
     }
     encoder = {name: tensor.cpu() for name, tensor in model.encoder.state_dict().items()}
