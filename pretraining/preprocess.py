@@ -12,7 +12,9 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from nnunetv2_hiendmae.folders import raw_folder
 from nnunetv2_hiendmae.planner import HiEndMAEPlanner
 from pretraining.ingest.quality import content_hash
+from pretraining.ingest.read import Refused, check_nifti
 from pretraining.provenance import record_case
 
 CONFIGURATION = "3d_fullres"
@@ -117,7 +120,8 @@ def make_plans(
     if spacing == "median":
         spacing = tuple(np.median([r["spacing"] for r in results], 0).tolist())
     planner = HiEndMAEPlanner(output.name, plans_name=plans_name, overwrite_target_spacing=spacing)  # type: ignore[arg-type]
-    planner.plan_experiment()
+    with redirect_stdout(StringIO()):  # nnU-Net prints whole plans
+        planner.plan_experiment()
     return output / f"{plans_name}.json", failures
 
 
@@ -176,6 +180,9 @@ def preprocess_case(
     manager = PlansManager(plans)
     configuration = manager.get_configuration(CONFIGURATION)
     preprocessor = configuration.preprocessor_class(verbose=False)
+    for file in files:
+        if file.lower().endswith((".nii", ".nii.gz")):
+            check_nifti(file)
     image, properties = manager.image_reader_writer_class().read_images(files)
     if not np.isfinite(image).all():
         raise ValueError("NaN or infinite voxels")
@@ -219,6 +226,8 @@ def attempt(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         return f"{type(error).__name__}: {error}"
+    except Refused as refusal:
+        return str(refusal)
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return f"{type(error).__name__}: {lines[-1][:200] if lines else 'no reason given'}"

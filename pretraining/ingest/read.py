@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import math
+import struct
+import zlib
 
 import numpy as np
 import SimpleITK as sitk
 
 from pretraining.ingest.find import IMAGE_ENDINGS, Source
 
+NIFTI_HEADER = 348
 MAX_TILT_DEGREES = 0.5
 SLICE_TOLERANCE = 0.05
 """Of the slice distance: what positions may be off."""
@@ -32,6 +36,8 @@ def read(source: Source) -> sitk.Image:
         with open(source.files[0], "rb") as file:  # SimpleITK's message would not say what is wrong
             if not file.read(1):
                 raise Refused("the file is empty")
+        if source.files[0].lower().endswith((".nii", ".nii.gz")):
+            check_nifti(source.files[0])
         return check_geometry(read_file(source.files[0]))
     except PermissionError:
         raise Refused("permission denied") from None
@@ -39,6 +45,31 @@ def read(source: Source) -> sitk.Image:
         raise Refused(error.strerror or str(error)) from None
     except RuntimeError as error:
         raise Refused(f"cannot be read: {itk_reason(error)}") from None
+
+
+def check_nifti(file: str) -> None:
+    """``Refused`` for what ITK reads without a word: cut-off files, whose rest it fills up, and impossible spacings."""
+    try:
+        with gzip.open(file) if file.lower().endswith(".gz") else open(file, "rb") as stream:
+            head = stream.read(NIFTI_HEADER)
+            size = len(head)
+            while chunk := stream.read(2**22):
+                size += len(chunk)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise Refused(f"truncated or damaged: {error}") from None
+    order = next(
+        (o for o in "<>" if len(head) == NIFTI_HEADER and head[:4] == struct.pack(f"{o}i", NIFTI_HEADER)), None
+    )
+    if order is None:
+        return  # NIfTI-2, or none: ITK decides
+    axes, *lengths = struct.unpack_from(f"{order}8h", head, 40)
+    (bits,) = struct.unpack_from(f"{order}h", head, 72)
+    pixdim = struct.unpack_from(f"{order}8f", head, 76)
+    (offset,) = struct.unpack_from(f"{order}f", head, 108)
+    check_spacing(pixdim[1:4])
+    expected = int(offset) + math.prod(lengths[: max(axes, 0)]) * bits // 8
+    if size < expected:
+        raise Refused(f"truncated: {size} bytes of {expected}")
 
 
 def read_file(file: str) -> sitk.Image:

@@ -91,6 +91,6 @@ def draw_sheets(rows: Iterable[Row], folder: Path, status: str) -> None:
             picture = folder / "cases" / f"{row.case}.png"
             if picture.is_file():
                 axis.imshow(imread(picture))
-            name = row.input.encode(errors="replace").decode()
+            name = row.input.encode("ascii", errors="replace").decode()  # the font lacks most scripts
             axis.set_title(f"{name[-28:]}\n{row.reason[:32]}".replace("$", r"\$"), fontsize=6)
         figure.savefig(folder / f"{status}_{number:03d}.png", dpi=110)
