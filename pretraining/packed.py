@@ -7,6 +7,7 @@ A packed folder holds ``index.npz`` and ``index.json`` (all cases of all data se
 from __future__ import annotations
 
 import json
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ class PackedCorpus:
             if self.header["version"] > FORMAT_VERSION:
                 raise ValueError(f"format {self.header['version']} is newer than this version's {FORMAT_VERSION}")
             self._read_header()
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, EOFError, zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"The index of {folder} cannot be read ({error}). Remove {INDEX}; pack again.") from None
         self.folder = folder
         self._shards: OrderedDict[Path, np.ndarray] = OrderedDict()
@@ -119,7 +120,7 @@ class PackedCorpus:
                     mapped = np.asarray(np.load(file, mmap_mode="c", allow_pickle=False))
                 else:
                     mapped = np.asarray(np.memmap(file, DTYPES[self.bits], mode="c"))
-            except (OSError, ValueError) as error:
+            except (OSError, EOFError, ValueError) as error:
                 raise ValueError(f"Cannot read {file} ({error}). Check with 'hiendmae_pack --verify'.") from None
             remember(self._shards, file, mapped, 2 * OPEN_SHARDS)
         return self._shards[file]

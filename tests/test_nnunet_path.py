@@ -43,8 +43,9 @@ def test_results_say_how_they_were_made(trained: World, pretrained: Path) -> Non
 def test_continue_validate_predict_without_weights(trained: World, pretrained: Path) -> None:
     """``--c``, ``--val`` and predict with the weights file moved away and no variable but nnU-Net's three."""
     fold = results(trained) / "fold_0"
-    hidden = pretrained.with_name("moved_away")
-    pretrained.rename(hidden)
+    every = list((trained.root / "results").rglob(pretrained.name))  # other tests pre-train too
+    for file in every:
+        file.rename(file.with_name("moved_away"))
     try:
         trained.run(f"hiendmae_plan -d 901 {SHORT.replace('--epochs 2', '--epochs 3')}")
         shutil.copy(fold / "checkpoint_final.pth", fold / "checkpoint_latest.pth")
@@ -62,7 +63,8 @@ def test_continue_validate_predict_without_weights(trained: World, pretrained: P
         log = trained.run(TRAIN.format(fold=1), ok=False)
         assert "No Hi-End-MAE weights found" in log and "Traceback" not in log
     finally:
-        hidden.rename(pretrained)
+        for file in every:
+            file.with_name("moved_away").rename(file)
 
 
 def test_fold_all_and_weights_from_the_environment(trained: World, pretrained: Path, tmp_path: Path) -> None:
