@@ -17,7 +17,7 @@ import SimpleITK as sitk
 from conftest import World
 from heap import ct, write, write_bad, write_dicom, write_good
 
-from pretraining.ingest.find import find_sources
+from pretraining.ingest.find import Source, find_sources
 from pretraining.ingest.quality import content_hash
 from pretraining.ingest.read import Refused, read
 
@@ -93,12 +93,24 @@ def test_slices_that_are_there_twice_are_taken_once(tmp_path: Path) -> None:
     np.testing.assert_allclose(sitk.GetArrayFromImage(read(source)), sitk.GetArrayFromImage(ct(1)), atol=1)
 
 
-def test_unreadable_file_is_told(tmp_path: Path) -> None:
-    """Root may read anything, so the system's answer is provoked with a dangling link."""
+def test_unreadable_files_are_told(tmp_path: Path) -> None:
+    """A dangling link, and a file of somebody else; root may read anything, so it is read as another user."""
     (tmp_path / "gone.nii.gz").symlink_to(tmp_path / "nowhere")
     (source,) = find_sources(tmp_path)
     with pytest.raises(Refused, match="No such file"):
         read(source)
+    secret = write(ct(1), tmp_path / "secret.mha")
+    secret.chmod(0)
+    me = os.geteuid()
+    for folder in (tmp_path, *list(tmp_path.parents)[:3]):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    if me == 0:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(Refused, match="permission denied"):
+            read(Source("secret.mha", (str(secret),)))
+    finally:
+        os.seteuid(me)
 
 
 def test_hash_does_not_depend_on_the_format(tmp_path: Path) -> None:
