@@ -115,7 +115,9 @@ def main() -> NoReturn:
     except ValueError as error:
         p.exit(2, f"{p.prog}: error: {error}\n")
     except OSError as error:
-        p.exit(1, f"{p.prog}: error: {error}. Finished cases are kept; the same command goes on\n")
+        p.exit(
+            1, f"{p.prog}: error: {error} ({nnUNet_preprocessed}). Finished cases are kept; the same command goes on\n"
+        )
     except KeyboardInterrupt:
         p.exit(130, f"{p.prog}: interrupted; the same command goes on with the cases that are missing\n")
     p.exit(1 if left_out else 0)
