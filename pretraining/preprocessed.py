@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,6 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_hiendmae.folders import preprocessed_folder
 from nnunetv2_hiendmae.intensity import ChannelIntensity, Window, clip_warning, plan_intensities
-from nnunetv2_hiendmae.weights import atomic_file
 from pretraining.corpus import DataSetInfo, Size, affine, air_values, find_body_cells, read_padded, to_canonical
 
 OPEN_VOLUMES = 32
@@ -167,13 +168,16 @@ def body_folder(source: DataSet) -> str:
 
 
 def keep(cells: np.ndarray, file: Path) -> None:
-    """Save a body map where that is possible: it only saves time."""
-    try:
+    """Save a body map. Where the folder cannot be written the map stays in memory: the file only saves time."""
+    # Loader processes that visit a case at once must not write into one temporary file.
+    unfinished = file.with_name(f"{file.stem}.{os.getpid()}.tmp.npy")
+    with suppress(OSError):
         file.parent.mkdir(exist_ok=True)
-        with atomic_file(file) as stream:
-            np.save(stream, cells)
-    except OSError:
-        pass
+        try:
+            np.save(unfinished, cells)
+            os.replace(unfinished, file)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 def remember(cache: OrderedDict[Any, Any], key: Any, value: Any, size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from pretraining.config import PRESETS, RunConfig
 from pretraining.corpus import choose_start, to_canonical
-from pretraining.preprocessed import DataSet, PreprocessedCorpus
+from pretraining.preprocessed import DataSet, PreprocessedCorpus, keep
 from pretraining.stream import CropStream, MicroBatches, split_cases, steps_of_epochs, train_loader
 
 Size = tuple[int, int, int]
@@ -112,3 +113,15 @@ def test_damaged_volume_is_named(corpus: PreprocessedCorpus, tmp_path: Path) -> 
     broken = PreprocessedCorpus([source])
     with pytest.raises(ValueError, match=r"Cannot read .*broken\.b2nd"):
         broken.read(0, (0, 0, 0), (8, 8, 8))
+
+
+def test_processes_that_meet_at_a_case_leave_a_whole_body_map(corpus: PreprocessedCorpus, tmp_path: Path) -> None:
+    cells = corpus.body_cells(0)
+    file = tmp_path / "body" / "case.npy"
+    with ProcessPoolExecutor(4) as pool:
+        jobs = [pool.submit(keep, np.repeat(cells, 50_000, axis=0), file) for _ in range(40)]
+        while not all(job.done() for job in jobs):
+            if file.is_file():
+                assert len(np.load(file)) == 50_000 * len(cells)
+        assert all(job.exception() is None for job in jobs)
+    assert [f.name for f in file.parent.iterdir()] == ["case.npy"]
