@@ -38,8 +38,11 @@ FINGERPRINT_CASES = 500
 """Cases, drawn by a fixed seed, that the fingerprint looks at: medians need no more."""
 BODY_HU = -500
 UNFINISHED = "unfinished"
+FINGERPRINT = "hiendmae_fingerprint.json"
+"""Kept apart from nnU-Net's own, whose intensities are those of labelled voxels."""
 
 Images = dict[str, list[str]]
+Spacing = str | tuple[float, ...] | None
 
 
 @dataclass(frozen=True)
@@ -51,28 +54,43 @@ class Failure:
     reason: str
 
 
-def find_images(dataset: str) -> tuple[Path, dict[str, Any], Images]:
-    """Raw folder, dataset.json, and the image files of each training case, one a channel; one pass over the folder.
+@dataclass(frozen=True)
+class RawDataSet:
+    """A raw data set and the image files of each training case, one a channel."""
 
-    Raises:
-        ValueError: no such data set, no dataset.json, or no images.
-    """
-    folder = raw_folder(dataset)
-    if not (folder / "dataset.json").is_file():
-        raise ValueError(f"{folder / 'dataset.json'} does not exist; nnU-Net describes a data set there.")
-    description = load_json(str(folder / "dataset.json"))
-    if "dataset" in description:
-        found = get_filenames_of_train_images_and_targets(str(folder), description)
-        return folder, description, {case: found[case]["images"] for case in sorted(found)}
-    pattern = re.compile(r"(.+)_\d{4}" + re.escape(description["file_ending"]))
-    images: Images = {}
-    for name in sorted(os.listdir(folder / "imagesTr")) if (folder / "imagesTr").is_dir() else []:
-        match = pattern.fullmatch(name)
-        if match:
-            images.setdefault(match[1], []).append(str(folder / "imagesTr" / name))
-    if not images:
-        raise ValueError(f"{folder / 'imagesTr'} holds no images named CASE_0000{description['file_ending']}.")
-    return folder, description, images
+    folder: Path
+    description: dict[str, Any]
+    """dataset.json without its list of files."""
+    images: Images
+
+    @classmethod
+    def open(cls, dataset: str) -> RawDataSet:
+        """One pass over the folder.
+
+        Raises:
+            ValueError: no such data set, no dataset.json, or no images.
+        """
+        folder = raw_folder(dataset)
+        if not (folder / "dataset.json").is_file():
+            raise ValueError(f"{folder / 'dataset.json'} does not exist; nnU-Net describes a data set there.")
+        description = load_json(str(folder / "dataset.json"))
+        if "dataset" in description:
+            found = get_filenames_of_train_images_and_targets(str(folder), description)
+            del description["dataset"]
+            return cls(folder, description, {case: found[case]["images"] for case in sorted(found)})
+        pattern = re.compile(r"(.+)_\d{4}" + re.escape(description["file_ending"]))
+        images: Images = {}
+        for name in sorted(os.listdir(folder / "imagesTr")) if (folder / "imagesTr").is_dir() else []:
+            match = pattern.fullmatch(name)
+            if match:
+                images.setdefault(match[1], []).append(str(folder / "imagesTr" / name))
+        if not images:
+            raise ValueError(f"{folder / 'imagesTr'} holds no images named CASE_0000{description['file_ending']}.")
+        return cls(folder, description, images)
+
+    @property
+    def is_labelled(self) -> bool:
+        return (self.folder / "labelsTr").is_dir()
 
 
 def fingerprint_case(files: list[str], reader: Any) -> dict[str, Any]:
@@ -95,34 +113,73 @@ def fingerprint_case(files: list[str], reader: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def make_plans(
-    dataset: str, output: Path, spacing: str | tuple[float, ...] | None, plans_name: str, processes: int
-) -> tuple[Path, list[Failure]]:
-    """Write dataset.json, fingerprint and plans; returns the plans file and the cases that could not be read.
+def find_fingerprint(raw: RawDataSet, output: Path, processes: int) -> tuple[dict[str, Any], list[Failure]]:
+    """The data set's fingerprint, from an earlier call or made now, and the cases that could not be read for it.
 
     Raises:
         ValueError: no case could be read.
     """
-    _, description, images = find_images(dataset)
-    reader = determine_reader_writer_from_dataset_json(description, next(iter(images.values()))[0])
-    order = np.random.default_rng(0).permutation(list(images))[:FINGERPRINT_CASES].tolist()
+    if (output / FINGERPRINT).is_file():
+        return load_json(str(output / FINGERPRINT)), []
+    reader = determine_reader_writer_from_dataset_json(raw.description, next(iter(raw.images.values()))[0])
+    order = np.random.default_rng(0).permutation(list(raw.images))[:FINGERPRINT_CASES].tolist()
     results, failures = [], []
-    for case, result in in_processes(fingerprint_case, {c: (images[c], reader) for c in order}, processes):
+    for case, result in in_processes(fingerprint_case, {c: (raw.images[c], reader) for c in order}, processes):
         if isinstance(result, str):
-            failures.append(Failure(case, images[case][0], result))
+            failures.append(Failure(case, raw.images[case][0], result))
         else:
             results.append(result)
     if not results:
-        raise ValueError(f"No case of {dataset} could be read; the first: {failures[0].file}: {failures[0].reason}.")
+        first = failures[0]
+        raise ValueError(f"No case of {raw.folder.name} could be read; the first: {first.file}: {first.reason}.")
     output.mkdir(parents=True, exist_ok=True)
-    save_json(description, str(output / "dataset.json"), sort_keys=False)
-    save_json(merge_fingerprints(results), str(output / "dataset_fingerprint.json"))
-    if spacing == "median":
-        spacing = tuple(np.median([r["spacing"] for r in results], 0).tolist())
-    planner = HiEndMAEPlanner(output.name, plans_name=plans_name, overwrite_target_spacing=spacing)  # type: ignore[arg-type]
+    fingerprint = merge_fingerprints(results)
+    save_json(fingerprint, str(output / FINGERPRINT))
+    return fingerprint, failures
+
+
+def make_plans(raw: RawDataSet, plans_file: Path, spacing: Spacing, processes: int) -> list[Failure]:
+    """Write plans, or keep those that are there; returns the cases that could not be read.
+
+    ``spacing`` is in mm in nnU-Net's axis order, or "median"; None keeps that of existing plans, else means 1.5 mm.
+
+    Raises:
+        ValueError: no case could be read, or existing plans have another spacing.
+    """
+    output = plans_file.parent
+    fingerprint, failures = find_fingerprint(raw, output, processes)
+    wanted = np.median(fingerprint["spacings"], 0) if spacing == "median" else spacing
+    if plans_file.is_file():
+        made = plan_spacing(plans_file)
+        if wanted is not None and not np.allclose(made, wanted, atol=1e-3):
+            asked = " ".join(f"{float(mm):g}" for mm in wanted)
+            raise ValueError(
+                f"{plans_file} was made for a spacing of {' '.join(f'{mm:g}' for mm in made)} mm, not {asked}; one "
+                f"folder must not mix them. Choose another name with -p, or leave -spacing out."
+            )
+        return failures
+    save_json(raw.description, str(output / "dataset.json"), sort_keys=False)
+    nnunets = output / "dataset_fingerprint.json"
+    borrowed = not nnunets.is_file()
+    if borrowed:
+        save_json(fingerprint, str(nnunets))
+    planner = HiEndMAEPlanner(
+        output.name,
+        plans_name=plans_file.stem,
+        overwrite_target_spacing=None if wanted is None else tuple(float(mm) for mm in wanted),
+    )
     with redirect_stdout(StringIO()):  # nnU-Net prints whole plans
         planner.plan_experiment()
-    return output / f"{plans_name}.json", failures
+    if borrowed and raw.is_labelled:
+        nnunets.unlink()  # nnU-Net must make its own, of intensities in the foreground
+    return failures
+
+
+def plan_spacing(plans_file: Path) -> list[float]:
+    """Spacing of the plans in mm, in the axis order of the images."""
+    plans = load_json(str(plans_file))
+    spacing = plans["configurations"][CONFIGURATION]["spacing"]
+    return [float(spacing[axis]) for axis in plans["transpose_backward"]]
 
 
 def merge_fingerprints(results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -140,25 +197,30 @@ def merge_fingerprints(results: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def preprocess(dataset: str, plans_file: Path, processes: int, part: tuple[int, int]) -> Iterator[Failure | str]:
+def preprocess(raw: RawDataSet, plans_file: Path, processes: int, part: tuple[int, int]) -> Iterator[Failure | str]:
     """Preprocess the cases of one part that are not done; yields each case's name, or what went wrong with it.
 
     ``part`` is (part_id, num_parts). A case appears under its name when it is complete.
     """
-    _, description, images = find_images(dataset)
     plans = PlansManager(load_json(str(plans_file)))
-    folder = plans_file.parent / plans.get_configuration(CONFIGURATION).data_identifier
+    folder = volume_folder(plans_file)
     (folder / UNFINISHED).mkdir(parents=True, exist_ok=True)
     part_id, num_parts = part
-    mine = list(images)[part_id::num_parts]
-    todo = {c: (c, images[c], plans.plans, description, str(folder)) for c in mine if not is_done(folder, c)}
+    mine = list(raw.images)[part_id::num_parts]
+    settings = plans.plans, raw.description, str(folder)
+    todo = {case: (case, raw.images[case], *settings) for case in mine if not is_done(folder, case)}
     yield from (case for case in mine if case not in todo)
     for case, result in in_processes(preprocess_case, todo, processes):
         if isinstance(result, str):
-            yield Failure(case, images[case][0], result)
+            yield Failure(case, raw.images[case][0], result)
         else:
             record_case(plans_file.parent, part_id, result)
             yield case
+
+
+def volume_folder(plans_file: Path) -> Path:
+    """Where the volumes of plans by ``HiEndMAEPlanner`` are."""
+    return plans_file.parent / f"{plans_file.stem}_{CONFIGURATION}"
 
 
 def is_done(folder: Path, case: str) -> bool:
@@ -191,7 +253,7 @@ def preprocess_case(
     unfinished, target = Path(folder) / UNFINISHED / case, Path(folder) / case
     for end in (".b2nd", "_seg.b2nd", ".pkl"):
         Path(f"{unfinished}{end}").unlink(missing_ok=True)
-    preprocessor.run_case_npy = lambda *_: (data, seg, properties)
+    preprocessor.run_case = lambda *_: (data, seg, properties)
     preprocessor.run_case_save(str(unfinished), files, None, manager, configuration, description)
     for end in ("_seg.b2nd", ".pkl", ".b2nd"):  # the volume last: its name is what makes a case count
         os.replace(f"{unfinished}{end}", f"{target}{end}")

@@ -9,10 +9,20 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from tqdm import tqdm
 
-from pretraining.preprocess import CONFIGURATION, UNFINISHED, Failure, find_images, is_done, make_plans, preprocess
+from nnunetv2_hiendmae.folders import preprocessed_root
+from pretraining.preprocess import (
+    UNFINISHED,
+    Failure,
+    RawDataSet,
+    Spacing,
+    make_plans,
+    plan_spacing,
+    preprocess,
+    volume_folder,
+)
 from pretraining.provenance import write_manifest
 
 EXAMPLE = """examples:
@@ -29,14 +39,17 @@ def parser() -> argparse.ArgumentParser:
     """All flags."""
     p = argparse.ArgumentParser(
         prog="hiendmae_plan_and_preprocess",
-        usage="hiendmae_plan_and_preprocess -d 500 [501 ...] [-spacing X Y Z] [-np N] [-num_parts N -part_id I]",
+        usage="hiendmae_plan_and_preprocess -d 500 [501 ...] [-spacing MM MM MM] [-np N] [-num_parts N -part_id I]",
         description="Plan and preprocess data sets of images only; labels, where present, are ignored.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("-d", nargs="+", required=True, metavar="DATASET", help="data set names or ids")
     p.add_argument(
-        "-spacing", nargs="+", default=["1.5"] * 3, metavar="MM", help="three numbers, or median [1.5 1.5 1.5]"
+        "-spacing",
+        nargs="+",
+        metavar="MM",
+        help="three numbers, slices first, or median [that of existing plans, else 1.5 1.5 1.5]",
     )
     p.add_argument("-p", default="HiEndMAEPlans", metavar="PLANS", help="name of the plans [HiEndMAEPlans]")
     p.add_argument("-np", type=int, default=multiprocessing.cpu_count(), help="processes [one a core]")
@@ -46,8 +59,10 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def parse_spacing(values: list[str]) -> str | tuple[float, ...]:
-    """``median`` or three positive numbers. ``ValueError`` otherwise."""
+def parse_spacing(values: list[str] | None) -> Spacing:
+    """``median``, three positive numbers, or None where none was given. ``ValueError`` otherwise."""
+    if values is None:
+        return None
     if values == ["median"]:
         return "median"
     try:
@@ -65,45 +80,47 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"-np {args.np} -num_parts {args.num_parts} -part_id {args.part_id}: impossible values.")
     if "__" in args.p or not args.p:
         raise ValueError(f"-p '{args.p}' must not be empty or contain '__'.")
-    if not nnUNet_preprocessed.is_set():
-        raise ValueError("The environment variable nnUNet_preprocessed is not set; it names the preprocessed data.")
     spacing = parse_spacing(args.spacing)
-    return sum(run_dataset(dataset, spacing, args) for dataset in dict.fromkeys(args.d))
+    if spacing is not None and args.num_parts > 1 and not args.plan_only:
+        raise ValueError("-spacing belongs to the command that plans (--plan_only); the parts follow the plans.")
+    return sum(run_dataset(RawDataSet.open(dataset), spacing, args) for dataset in dict.fromkeys(args.d))
 
 
-def run_dataset(dataset: str, spacing: str | tuple[float, ...], args: argparse.Namespace) -> int:
+def run_dataset(raw: RawDataSet, spacing: Spacing, args: argparse.Namespace) -> int:
     """One data set; returns the number of cases left out."""
-    raw, description, images = find_images(dataset)
-    output = Path(str(nnUNet_preprocessed)) / raw.name
-    plans_file = output / f"{args.p}.json"
-    print(f"{raw.name}: {len(images)} cases", flush=True)
+    plans_file = preprocessed_root() / raw.folder.name / f"{args.p}.json"
+    print(f"{raw.folder.name}: {len(raw.images)} cases", flush=True)
     failures: dict[str, Failure] = {}
-    if args.num_parts > 1 and not args.plan_only and not plans_file.is_file():
-        raise ValueError(f"{plans_file} does not exist. Plan once before the parts: the same command with --plan_only.")
     if args.plan_only or args.num_parts == 1:
-        plans_file, unreadable = make_plans(dataset, output, spacing, args.p, args.np)
-        failures |= {f.case: f for f in unreadable}
-    done: set[str] = set()
+        failures |= {f.case: f for f in make_plans(raw, plans_file, spacing, args.np)}
+    elif not plans_file.is_file():
+        raise ValueError(f"{plans_file} does not exist. Plan once before the parts: the same command with --plan_only.")
+    done = 0
     if not args.plan_only:
-        part = (args.part_id, args.num_parts)
-        count = len(list(images)[args.part_id :: args.num_parts])
-        bar = tqdm(total=count, unit="case", disable=not sys.stderr.isatty())
-        for result in preprocess(dataset, plans_file, args.np, part):
+        done = run_part(raw, plans_file, args, failures)
+        finished = nnUNetDatasetBlosc2.get_identifiers(str(volume_folder(plans_file)))
+        write_manifest(plans_file, raw.folder, raw.description, set(raw.images).intersection(finished))
+    for failure in failures.values():
+        print(f"LEFT OUT {failure.file}: {failure.reason}")
+    mm = " × ".join(f"{value:g}" for value in plan_spacing(plans_file))
+    print(f"{raw.folder.name}: {done} cases preprocessed, {len(failures)} left out. Plans: {plans_file} ({mm} mm)")
+    return len(failures)
+
+
+def run_part(raw: RawDataSet, plans_file: Path, args: argparse.Namespace, failures: dict[str, Failure]) -> int:
+    """Preprocess this command's cases, noting failures; returns how many are done."""
+    done = 0
+    count = len(list(raw.images)[args.part_id :: args.num_parts])
+    with tqdm(total=count, unit="case", disable=not sys.stderr.isatty()) as bar:
+        for result in preprocess(raw, plans_file, args.np, (args.part_id, args.num_parts)):
             bar.update()
             if isinstance(result, Failure):
                 failures[result.case] = result
             else:
-                done.add(result)
-        bar.close()
-        folder = output / f"{args.p}_{CONFIGURATION}"
-        everything = {case for case in images if case in done or is_done(folder, case)}
-        write_manifest(output, raw, description, args.p, everything)
-        if args.num_parts == 1:
-            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
-    for failure in failures.values():
-        print(f"LEFT OUT {failure.file}: {failure.reason}")
-    print(f"{raw.name}: {len(done)} cases preprocessed, {len(failures)} left out. Plans: {plans_file}")
-    return len(failures)
+                done += 1
+    if args.num_parts == 1:
+        shutil.rmtree(volume_folder(plans_file) / UNFINISHED, ignore_errors=True)
+    return done
 
 
 def main() -> NoReturn:
@@ -115,9 +132,8 @@ def main() -> NoReturn:
     except ValueError as error:
         p.exit(2, f"{p.prog}: error: {error}\n")
     except OSError as error:
-        p.exit(
-            1, f"{p.prog}: error: {error} ({nnUNet_preprocessed}). Finished cases are kept; the same command goes on\n"
-        )
+        where = preprocessed_root()
+        p.exit(1, f"{p.prog}: error: {error} ({where}). Finished cases are kept; the same command goes on\n")
     except KeyboardInterrupt:
         p.exit(130, f"{p.prog}: interrupted; the same command goes on with the cases that are missing\n")
     p.exit(1 if left_out else 0)

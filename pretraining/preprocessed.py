@@ -17,8 +17,18 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_hiendmae.folders import preprocessed_folder
 from nnunetv2_hiendmae.intensity import ChannelIntensity, Window, clip_warning, plan_intensities
-from pretraining.corpus import DataSetInfo, Size, affine, air_values, find_body_cells, read_padded, to_canonical
+from pretraining.corpus import (
+    DataSetInfo,
+    Size,
+    affine,
+    air_values,
+    find_body_cells,
+    read_padded,
+    remember,
+    to_canonical,
+)
 
+OURS = "HiEndMAEPlans"
 OPEN_VOLUMES = 32
 BODY_MAPS = 1024
 """Kept in memory, some 50 kB each."""
@@ -77,6 +87,12 @@ class DataSet:
     @property
     def info(self) -> DataSetInfo:
         return DataSetInfo(self.name, len(self.cases), self.spacing)
+
+
+def default_plans(datasets: list[str]) -> str:
+    """HiEndMAEPlans where every data set has them, else nnUNetPlans."""
+    folders = [preprocessed_folder(d) for d in datasets]
+    return OURS if all((f / f"{OURS}.json").is_file() for f in folders) else "nnUNetPlans"
 
 
 class PreprocessedCorpus:
@@ -155,7 +171,7 @@ class PreprocessedCorpus:
             if file.is_file() and file.stat().st_mtime >= volume_file.stat().st_mtime:
                 cells = np.load(file, allow_pickle=False)
             else:
-                canonical = to_canonical(self.volume(case)[:], self.intensity(case))
+                canonical = to_canonical(self.read(case, (0, 0, 0), self.shape(case)), self.intensity(case))
                 cells = find_body_cells(canonical, air_values(source.channels))
                 keep(cells, file)
             remember(self._body, case, cells, BODY_MAPS)
@@ -178,10 +194,3 @@ def keep(cells: np.ndarray, file: Path) -> None:
             os.replace(unfinished, file)
         finally:
             unfinished.unlink(missing_ok=True)
-
-
-def remember(cache: OrderedDict[Any, Any], key: Any, value: Any, size: int) -> None:
-    """Add to a cache, dropping the oldest entry beyond ``size``."""
-    cache[key] = value
-    if len(cache) > size:
-        cache.popitem(last=False)

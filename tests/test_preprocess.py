@@ -61,7 +61,7 @@ def test_equals_nnunet_where_labels_are(place: World) -> None:
     raw = place.root / "raw" / NAME
     for i in range(5):
         write(ct(i) > 0, raw / "labelsTr" / f"case_{i}.nii.gz")
-    description = json.loads((raw / "dataset.json").read_text())
+    description = json.loads((raw / "dataset.json").read_text(encoding="utf-8"))
     (raw / "dataset.json").write_text(json.dumps({**description, "labels": {"background": 0, "body": 1}}))
     shutil.rmtree(place.root / "preprocessed" / NAME / "HiEndMAEPlans_3d_fullres")
     place.run("nnUNetv2_preprocess -d 510 -plans_name HiEndMAEPlans -c 3d_fullres -np 1")
@@ -69,6 +69,32 @@ def test_equals_nnunet_where_labels_are(place: World) -> None:
     assert ours.keys() == theirs.keys()
     for case, volume in ours.items():
         np.testing.assert_array_equal(volume, theirs[case])
+
+
+def test_one_plans_file_has_one_spacing(place: World) -> None:
+    command = "hiendmae_plan_and_preprocess -d 510 -np 1"
+    place.run(f"{command} --plan_only -spacing 6 3 3")
+    plans_file = place.root / "preprocessed" / NAME / "HiEndMAEPlans.json"
+    assert json.loads(plans_file.read_text(encoding="utf-8"))["configurations"]["3d_fullres"]["spacing"] == [6, 3, 3]
+    log = place.run(f"{command} -spacing 3 3 3", ok=False)
+    assert "was made for a spacing of 6 3 3 mm, not 3 3 3" in log and "another name with -p" in log
+    before = plans_file.stat().st_mtime_ns
+    assert "(6 × 3 × 3 mm)" in place.run(command)  # no spacing asked for: the plans decide
+    assert plans_file.stat().st_mtime_ns == before
+
+
+def test_nnunet_makes_its_own_fingerprint_of_labelled_data(place: World) -> None:
+    """Ours has intensities of the body; nnU-Net would take it for its own, of labelled voxels."""
+    raw = place.root / "raw" / NAME
+    for i in range(5):
+        write(ct(i) > 0, raw / "labelsTr" / f"case_{i}.nii.gz")
+    place.run("hiendmae_plan_and_preprocess -d 510 --plan_only -np 1")
+    folder = place.root / "preprocessed" / NAME
+    assert not (folder / "dataset_fingerprint.json").exists() and (folder / "hiendmae_fingerprint.json").is_file()
+    (folder / "dataset_fingerprint.json").write_bytes((folder / "hiendmae_fingerprint.json").read_bytes() + b"\n")
+    theirs = (folder / "dataset_fingerprint.json").read_bytes()
+    place.run("hiendmae_plan_and_preprocess -d 510 --plan_only -np 1 -p Other")
+    assert (folder / "dataset_fingerprint.json").read_bytes() == theirs
 
 
 def test_bad_case_is_left_out_and_finished_ones_are_kept(place: World) -> None:
@@ -86,7 +112,7 @@ def test_bad_case_is_left_out_and_finished_ones_are_kept(place: World) -> None:
     assert "5 cases preprocessed, 0 left out" in place.run(command)
     after = {f.name: f.stat().st_mtime_ns for f in folder.glob("*.b2nd")}
     assert {n for n in before if before[n] == after[n]} == set(before) - {"case_1.b2nd", "case_1_seg.b2nd"}
-    manifest = json.loads((folder.parent / "hiendmae_manifest.json").read_text())
+    manifest = json.loads((folder.parent / "hiendmae_manifest.json").read_text(encoding="utf-8"))
     assert manifest["cases"] == 5
 
 
@@ -94,13 +120,13 @@ def test_parts_make_the_whole(place: World) -> None:
     log = place.run("hiendmae_plan_and_preprocess -d 510 -num_parts 2 -part_id 0", ok=False)
     assert "Plan once before the parts: the same command with --plan_only" in log
     place.run("hiendmae_plan_and_preprocess -d 510 --plan_only -spacing median -p Median -np 1")
-    plans = json.loads((place.root / "preprocessed" / NAME / "Median.json").read_text())
+    plans = json.loads((place.root / "preprocessed" / NAME / "Median.json").read_text(encoding="utf-8"))
     assert plans["configurations"]["3d_fullres"]["spacing"] == [3.0, 2.0, 2.0]
     for part, count in ((0, 3), (1, 2)):
         log = place.run(f"hiendmae_plan_and_preprocess -d 510 -p Median -num_parts 2 -part_id {part} -np 1")
         assert f"{count} cases preprocessed, 0 left out" in log
     assert len(volumes(place, "Median")) == 5
-    manifest = json.loads((place.root / "preprocessed" / NAME / "hiendmae_manifest.json").read_text())
+    manifest = json.loads((place.root / "preprocessed" / NAME / "hiendmae_manifest.json").read_text(encoding="utf-8"))
     assert manifest["cases"] == 5
 
 
