@@ -54,13 +54,13 @@ def remove_intermediate(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The run's newest checkpoint that can be read, or None if there is none.
+def load_checkpoint(folder: Path) -> dict[str, Any]:
+    """The run's newest checkpoint that can be read.
 
     A damaged one is reported and passed over for the one before it.
 
     Raises:
-        ValueError: there are checkpoints, and all are damaged.
+        ValueError: there is none, or all are damaged.
     """
     files = [folder / FINAL, folder / LATEST, *sorted(folder.glob(OLDER.format("*")))]
     problems = []
@@ -73,9 +73,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         for problem in problems:
             print(f"WARNING: {problem} Continuing from {file.name}, step {checkpoint['step']}.", flush=True)
         return checkpoint
-    if problems:
-        raise ValueError(" ".join(problems))
-    return None
+    raise ValueError(" ".join(problems) or f"{folder} has no checkpoint.")
 
 
 def refuse_other_config(saved: dict[str, Any], config: RunConfig) -> None:

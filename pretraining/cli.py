@@ -6,14 +6,14 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from nnunetv2_hiendmae.folders import preprocessed_folder
 from nnunetv2_hiendmae.intensity import DEFAULT_WINDOW
 from pretraining import distributed
 from pretraining.checkpoint import FINAL, LATEST, OLDER, run_folder
@@ -21,11 +21,9 @@ from pretraining.config import DECODERS, PRECISIONS, PRESETS, RunConfig, Runtime
 from pretraining.corpus import Corpus
 from pretraining.pack_cli import packed_folder
 from pretraining.packed import PackedCorpus
-from pretraining.preprocessed import DataSet, PreprocessedCorpus
+from pretraining.preprocessed import DataSet, PreprocessedCorpus, default_plans
 from pretraining.stream import split_cases, steps_of_epochs
 from pretraining.train import train
-
-OURS = "HiEndMAEPlans"
 
 EXAMPLE = """examples:
   hiendmae_pretrain -d 500                                     one GPU, published model, crops of 96³ voxels
@@ -55,6 +53,23 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_data_and_model(p)
+    p.add_argument("-num_gpus", type=int, default=1, help="processes on this machine, also with -device cpu [1]")
+    p.add_argument("--c", action="store_true", dest="resume", help="continue the run from its latest checkpoint")
+    p.add_argument("-run", metavar="NAME", help="name of the run's folder [preset and data set ids]")
+    length = p.add_mutually_exclusive_group()
+    length.add_argument("-steps", type=int, help="optimizer steps")
+    length.add_argument("-epochs", type=float, help="passes over the cases, crops_per_case crops each [by preset]")
+    p.add_argument("-lr", type=float, help="peak learning rate [by preset]")
+    p.add_argument("-val_every", type=int, default=100, help="steps between validations and checkpoints [100]")
+    p.add_argument("-log_every", type=int, default=10, help="steps a line of metrics.jsonl averages [10]")
+    p.add_argument("-preview_epochs", type=int, default=10, help="passes between pictures, 0: none [10]")
+    p.add_argument("-keep_checkpoints", type=int, default=2, help="latest checkpoints on disk [2]")
+    return p
+
+
+def add_data_and_model(p: argparse.ArgumentParser) -> None:
+    """Flags that say what is computed and how, for measuring its speed as well as for training."""
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("-d", nargs="+", metavar="DATASET", help="data set names or ids")
     source.add_argument("-packed", metavar="FOLDER", help="what hiendmae_pack wrote, instead of -d")
@@ -62,12 +77,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-p", metavar="PLANS", help="plans name [HiEndMAEPlans where all have them, else nnUNetPlans]")
     p.add_argument("-preset", default="large_p12", choices=PRESETS, help="model and defaults [large_p12]")
     p.add_argument("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="[cuda]")
-    p.add_argument("-num_gpus", type=int, default=1, help="processes on this machine, also with -device cpu [1]")
-    p.add_argument("--c", action="store_true", dest="resume", help="continue the run from its latest checkpoint")
-    p.add_argument("-run", metavar="NAME", help="name of the run's folder [preset and data set ids]")
-    length = p.add_mutually_exclusive_group()
-    length.add_argument("-steps", type=int, help="optimizer steps")
-    length.add_argument("-epochs", type=float, help="passes over the cases, crops_per_case crops each [by preset]")
     p.add_argument("-batch_size", type=int, help="crops a step, over all GPUs [by preset]")
     p.add_argument("-accumulate", type=int, default=1, help="micro-batches a step, for less memory [1]")
     p.add_argument("-crop_size", type=int, nargs=3, metavar="N", help="voxels, divisible by the patch [by preset]")
@@ -75,20 +84,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-decoder", default="hierarchical", choices=DECODERS, help="others are controls [hierarchical]")
     p.add_argument("--no_augmentation", action="store_true", help="no flips, rotations, intensity changes")
     p.add_argument("-crops_per_case", type=int, help="crops from a case before the next [by preset]")
-    p.add_argument("-lr", type=float, help="peak learning rate [by preset]")
     p.add_argument("-mask_ratio", type=float, default=0.75, help="share of patches to rebuild [0.75]")
     p.add_argument("-window", type=float, nargs=2, metavar="HU", help="[-175 250]")
     p.add_argument("-grad_clip", type=float, default=0.0, help="norm that gradients are clipped to, 0: not [0]")
     p.add_argument("-precision", choices=PRECISIONS, help="[bf16 or fp16 on CUDA, else fp32]")
     p.add_argument("--activation_checkpointing", action="store_true", help="less memory, about a third more time")
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
-    p.add_argument("-val_every", type=int, default=100, help="steps between validations and checkpoints [100]")
-    p.add_argument("-log_every", type=int, default=10, help="steps a line of metrics.jsonl averages [10]")
-    p.add_argument("-preview_epochs", type=int, default=10, help="passes between pictures, 0: none [10]")
-    p.add_argument("-keep_checkpoints", type=int, default=2, help="latest checkpoints on disk [2]")
     p.add_argument("-seed", type=int, default=41, help="[41]")
     p.add_argument("-num_workers", type=int, help="loader processes [half the cores, at most 12]")
-    return p
 
 
 def open_corpus(config: RunConfig, packed: Path | None) -> Corpus:
@@ -97,12 +100,6 @@ def open_corpus(config: RunConfig, packed: Path | None) -> Corpus:
         return PackedCorpus(packed)
     window = config.window_hu
     return PreprocessedCorpus([DataSet.open(d, config.plans, config.configuration, window) for d in config.datasets])
-
-
-def default_plans(datasets: list[str]) -> str:
-    """HiEndMAEPlans where every data set has them, else nnUNetPlans."""
-    folders = [preprocessed_folder(d) for d in datasets]
-    return OURS if all((f / f"{OURS}.json").is_file() for f in folders) else "nnUNetPlans"
 
 
 def find_corpus(args: argparse.Namespace) -> tuple[Corpus, dict[str, Any]]:
@@ -123,18 +120,13 @@ def find_corpus(args: argparse.Namespace) -> tuple[Corpus, dict[str, Any]]:
     return corpus, {"datasets": names, "plans": plans, "configuration": configuration, "window_hu": window}
 
 
-def make_config(args: argparse.Namespace, corpus: Corpus, source: dict[str, Any]) -> RunConfig:
-    """Flags over the preset's defaults. ``ValueError`` for impossible values."""
+def make_config(args: argparse.Namespace, corpus: Corpus, source: dict[str, Any], **run: Any) -> RunConfig:
+    """Flags over the preset's defaults; ``run`` are further fields. ``ValueError`` for impossible values."""
     preset = PRESETS[args.preset]
     batch_size = preset.batch_size if args.batch_size is None else args.batch_size
     crops_per_case = preset.crops_per_case if args.crops_per_case is None else args.crops_per_case
     if batch_size < 1 or crops_per_case < 1:
         raise ValueError(f"-batch_size {batch_size} and -crops_per_case {crops_per_case} must be at least 1.")
-    steps = args.steps
-    if steps is None:
-        cases = len(split_cases(corpus, args.seed)[0])
-        epochs = preset.epochs if args.epochs is None else args.epochs
-        steps = steps_of_epochs(epochs, cases, batch_size, crops_per_case)
     model = preset.model(
         crop_size=tuple(args.crop_size or preset.crop_size),
         patch_size=tuple(args.patch_size or preset.encoder.patch_size),
@@ -145,17 +137,34 @@ def make_config(args: argparse.Namespace, corpus: Corpus, source: dict[str, Any]
     return RunConfig(
         **source,
         model=model,
-        steps=steps,
         batch_size=batch_size,
         crops_per_case=crops_per_case,
-        base_lr=preset.base_lr if args.lr is None else args.lr,
         grad_clip=args.grad_clip,
         precision=args.precision or default_precision(args.device),
         augment=not args.no_augmentation,
-        val_every=args.val_every,
-        log_every=args.log_every,
-        preview_epochs=args.preview_epochs,
         seed=args.seed,
+        **run,
+    )
+
+
+def length_of(args: argparse.Namespace, config: RunConfig, cases: int) -> int:
+    """Optimizer steps that -steps, -epochs or the preset ask for."""
+    if args.steps is not None:
+        return int(args.steps)
+    epochs = PRESETS[args.preset].epochs if args.epochs is None else args.epochs
+    return steps_of_epochs(epochs, cases, config.batch_size, config.crops_per_case)
+
+
+def make_runtime(args: argparse.Namespace, ranks_here: int, **run: Any) -> Runtime:
+    """Flags over defaults; the processes of a node share its cores. ``ValueError`` for impossible values."""
+    cores = multiprocessing.cpu_count() // ranks_here
+    return Runtime(
+        device=args.device,
+        num_workers=min(12, cores // 2) if args.num_workers is None else args.num_workers,
+        accumulate=args.accumulate,
+        activation_checkpointing=args.activation_checkpointing,
+        compile=args.compile,
+        **run,
     )
 
 
@@ -190,21 +199,25 @@ def pick_device(name: str, ranks_here: int) -> torch.device:
 
 def prepare(args: argparse.Namespace) -> Job:
     """Check everything a user may have got wrong, make the run's folder, say what will be done."""
-    ranks = distributed.world_size() if distributed.launched() else args.num_gpus
+    ranks = max(distributed.world_size(), args.num_gpus)
+    ranks_here = max(distributed.local_world_size(), args.num_gpus)
     if args.num_gpus < 1 or (distributed.launched() and args.num_gpus > 1):
         raise ValueError(f"-num_gpus {args.num_gpus}: must be at least 1, and 1 under torchrun, which sets the number.")
-    pick_device(args.device, args.num_gpus)
+    pick_device(args.device, ranks_here)
     corpus, source = find_corpus(args)
-    config = make_config(args, corpus, source)
-    cores = max(multiprocessing.cpu_count() // args.num_gpus, 1)
-    runtime = Runtime(
-        device=args.device,
-        num_workers=min(12, cores // 2) if args.num_workers is None else args.num_workers,
-        accumulate=args.accumulate,
-        activation_checkpointing=args.activation_checkpointing,
-        compile=args.compile,
-        keep_checkpoints=args.keep_checkpoints,
+    preset = PRESETS[args.preset]
+    config = make_config(
+        args,
+        corpus,
+        source,
+        steps=1,  # until the batch size is known
+        base_lr=preset.base_lr if args.lr is None else args.lr,
+        val_every=args.val_every,
+        log_every=args.log_every,
+        preview_epochs=args.preview_epochs,
     )
+    config = replace(config, steps=length_of(args, config, len(split_cases(corpus, config.seed)[0])))
+    runtime = make_runtime(args, ranks_here, keep_checkpoints=args.keep_checkpoints)
     runtime.micro_batch(config.batch_size, ranks)
     ids = "_".join(name[len("Dataset") :].split("_")[0] for name in config.datasets)
     folder = run_folder(config.datasets[0], config.plans, config.configuration, args.run or f"{args.preset}_{ids}")
@@ -231,38 +244,41 @@ def announce(config: RunConfig, runtime: Runtime, corpus: Corpus, folder: Path, 
 
 def work(job: Job) -> None:
     """One rank: train, then end the process with the right exit code."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
     try:
-        device = pick_device(job.runtime.device, ranks_here)
+        device = pick_device(job.runtime.device, distributed.local_world_size())
         if device.type == "cuda":
             torch.cuda.set_device(device)
         with distributed.process_group(device.type):
             corpus = open_corpus(job.config, job.packed)
             sha256 = train(job.config, job.runtime, corpus, job.folder, device, job.resume)
+        if sha256:
+            print(f"Encoder weights: {job.folder / 'encoder_weights.pth'} (sha256 {sha256})")
+        return
     except ValueError as error:
-        leave(2, f"error: {error}")
+        of_a_loader = "in DataLoader worker" in str(error)  # what it met in the data, not a flag's mistake
+        code, message = 1 if of_a_loader else 2, f"error: {one_line(error)}"
     except FloatingPointError as error:
-        leave(1, str(error), every_rank=True)
+        code, message = 1, str(error)
     except torch.OutOfMemoryError:
-        leave(1, "error: the GPU's memory is full. Use -accumulate or --activation_checkpointing, or lower -batch_size")
+        code = 1
+        message = "error: the GPU's memory is full. Use -accumulate or --activation_checkpointing, or lower -batch_size"
     except (OSError, RuntimeError) as error:
-        leave(1, f"error: {first_line(error)}. Continue from the last checkpoint with --c", every_rank=True)
+        code, message = 1, f"error: {one_line(error)} Continue from the last checkpoint with --c."
     except KeyboardInterrupt:
-        leave(130, "interrupted; --c continues from the last checkpoint")
-    if sha256:
-        print(f"Encoder weights: {job.folder / 'encoder_weights.pth'} (sha256 {sha256})")
+        code, message = 130, "interrupted; --c continues from the last checkpoint"
+    leave(code, message)  # not above: while the error lives, so do the loader's processes, and Python waits for them
 
 
-def first_line(error: BaseException) -> str:
-    """A message without the traceback that torch puts into some."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
+def one_line(error: BaseException) -> str:
+    """A message as a sentence, without the traceback that torch puts around what a loader process met."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    sentence = re.sub(r"^\w+Error: ", "", lines[-1]) if "Original Traceback" in str(error) else lines[0]
+    return f"{sentence.rstrip('.')}."
 
 
-def leave(code: int, message: str, every_rank: bool = False) -> NoReturn:
-    """End the process with one line; a mistake that every rank makes is told once."""
-    if every_rank or distributed.rank() == 0:
-        print(f"hiendmae_pretrain: {message}", file=sys.stderr, flush=True)
+def leave(code: int, message: str) -> NoReturn:
+    """End the process with one line."""
+    print(f"hiendmae_pretrain: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     if distributed.launched():
         os._exit(code)  # a rank must not wait for others that failed
@@ -275,6 +291,8 @@ def main() -> None:
     try:
         job = prepare(args)
     except (ValueError, OSError) as error:
+        if distributed.rank():  # every rank makes the same mistake; the first tells it
+            os._exit(2)
         leave(2, f"error: {error}")
     if args.num_gpus > 1:
         sys.exit(distributed.launch(work, args.num_gpus, job))

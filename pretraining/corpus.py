@@ -6,8 +6,9 @@ onto the canonical domain (HU window scaled to [0, 1]); the map is applied on th
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -103,6 +104,13 @@ def find_body_cells(canonical_volume: np.ndarray, air: np.ndarray) -> np.ndarray
     padded = np.pad(tissue, [(0, -n % BODY_CELL) for n in tissue.shape])
     share = padded.reshape([e for n in padded.shape for e in (n // BODY_CELL, BODY_CELL)]).mean((1, 3, 5))
     return np.argwhere(share > min(0.5, share.max() / 2)).astype(np.int16)
+
+
+def remember(cache: OrderedDict[Any, Any], key: Any, value: Any, size: int) -> None:
+    """Add to a cache of a back end, dropping the oldest entry beyond ``size``."""
+    cache[key] = value
+    if len(cache) > size:
+        cache.popitem(last=False)
 
 
 def affine(channels: tuple[ChannelIntensity, ...]) -> np.ndarray:

@@ -60,7 +60,7 @@ def run_command(command: str, number: int, out: Path, env: dict[str, str]) -> No
     beside = Path(sys.executable).with_name(words[0])  # the same environment's commands, on the PATH or not
     words[0] = str(beside) if beside.exists() else words[0]
     started = time.monotonic()
-    with open(log, "w") as file:
+    with open(log, "w", encoding="utf-8") as file:
         code = subprocess.run(words, env=env, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
     if code:
         end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
@@ -70,7 +70,7 @@ def run_command(command: str, number: int, out: Path, env: dict[str, str]) -> No
 
 def dice_table(summary: Path) -> str:
     """Dice of every organ on the test cases, from nnU-Net's summary.json."""
-    mean = json.loads(summary.read_text())["mean"]
+    mean = json.loads(summary.read_text(encoding="utf-8"))["mean"]
     rows = [f"  {name:<10} {mean[str(label)]['Dice']:.3f}" for name, label in LABELS.items() if label]
     return "\n".join(["  organ      Dice", *rows])
 

@@ -40,6 +40,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_world_size() -> int:
+    """Processes on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 @contextmanager
 def process_group(device_type: str) -> Iterator[None]:
     """Join the group that the environment describes: NCCL on CUDA, gloo elsewhere."""
@@ -72,12 +77,6 @@ def mean(values: Tensor) -> Tensor:
         dist.all_reduce(values)
         values /= world_size()
     return values
-
-
-def barrier() -> None:
-    """Wait for all ranks."""
-    if launched():
-        dist.barrier()
 
 
 def launch(function: Callable[..., None], num_processes: int, *args: Any) -> int:
@@ -113,8 +112,7 @@ def launch(function: Callable[..., None], num_processes: int, *args: Any) -> int
                 process.join(5)
                 process.kill()
         alive = [p for p in alive if p.exitcode is None]
-    codes = [p.exitcode or 0 for p in processes]
-    return max((abs(code) and (code if code > 0 else 1) for code in codes), default=0)
+    return max(1 if p.exitcode is None or p.exitcode < 0 else p.exitcode for p in processes)  # below 0: killed
 
 
 def run_rank(rank: int, world_size: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
@@ -123,6 +121,7 @@ def run_rank(rank: int, world_size: int, port: int, function: Callable[..., None
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }

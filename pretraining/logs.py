@@ -6,19 +6,20 @@ import importlib.util
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 from tqdm import tqdm
 
 from nnunetv2_hiendmae.weights import atomic_file
 from pretraining.config import RunConfig
 from pretraining.model import HiEndMAE
 from pretraining.preview import draw_reconstructions, plot_progress
+from pretraining.stream import Batch, canonical_crops
 
 METRICS = "metrics.jsonl"
+PREVIEWED = 4
 
 
 class Recorder:
@@ -28,25 +29,23 @@ class Recorder:
         self.config, self.folder = config, folder
         self.log = MetricsLog(folder, start_step, config)
         self.bar = tqdm(total=config.steps, initial=start_step, unit="step", disable=not sys.stderr.isatty())
-        self.reset()
+        self.steps: list[tuple[float, float, float]] = []
 
-    def reset(self) -> None:
-        self.started, self.waited, self.losses = time.perf_counter(), 0.0, list[float]()
-
-    def step(self, step: int, loss: float, lr: float, waited: float) -> None:
-        """After each step; a line every ``log_every``."""
-        self.losses.append(loss)
-        self.waited += waited
+    def step(self, step: int, loss: float, lr: float, seconds: float, waited: float) -> None:
+        """After each step of so many seconds, the first of which waited for data; a line every ``log_every``."""
+        self.steps.append((loss, seconds, waited))
         self.bar.update()
         if step % self.config.log_every and step != self.config.steps:
             return
-        seconds = time.perf_counter() - self.started
-        count = len(self.losses)
-        entry = {"loss": sum(self.losses) / count, "lr": lr}
-        entry |= {"crops_per_s": count * self.config.batch_size / seconds, "data_wait": self.waited / seconds}
+        losses, times, waits = zip(*self.steps, strict=True)
+        entry = {"loss": sum(losses) / len(losses), "lr": lr}
+        entry |= {
+            "crops_per_s": len(times) * self.config.batch_size / sum(times),
+            "data_wait": sum(waits) / sum(times),
+        }
         self.log.log(step=step, **entry)
         self.bar.set_postfix({k: f"{v:.3g}" for k, v in entry.items()})
-        self.reset()
+        self.steps = []
 
     def validation(self, step: int, values: dict[str, float]) -> None:
         """One line at each validation, also where there is no bar."""
@@ -58,10 +57,11 @@ class Recorder:
             file=sys.stdout,
         )
         sys.stdout.flush()
-        self.started = time.perf_counter() if not self.losses else self.started
 
-    def preview(self, step: int, model: HiEndMAE, image: Tensor, ids_shuffle: Tensor) -> None:
-        """Picture of held-out crops ``(B, C, H, W, D)``."""
+    def preview(self, step: int, model: HiEndMAE, batch: Batch, device: torch.device) -> None:
+        """Picture of a held-out batch's first crops."""
+        first = {name: values[:PREVIEWED] for name, values in batch.items()}
+        image, ids_shuffle = canonical_crops(first, device), first["ids_shuffle"].to(device)
         file = self.folder / "previews" / f"step_{step:08d}.png"
         file.parent.mkdir(exist_ok=True)
         draw_reconstructions(model, image, ids_shuffle, file)
@@ -83,7 +83,7 @@ class MetricsLog:
         self.entries: list[dict[str, Any]] = []
         file = folder / METRICS
         if start_step and file.is_file():
-            lines = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+            lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
             self.entries = [entry for entry in lines if entry["step"] <= start_step]
         with atomic_file(file) as stream:
             stream.writelines(json.dumps(entry).encode() + b"\n" for entry in self.entries)
@@ -92,7 +92,7 @@ class MetricsLog:
 
     def log(self, **entry: Any) -> None:
         self.entries.append(entry)
-        with open(self.folder / METRICS, "a") as file:
+        with open(self.folder / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         values = {k: v for k, v in entry.items() if k != "step"}
         if self.tensorboard is not None:
@@ -139,5 +139,4 @@ def open_wandb(folder: Path, config: RunConfig) -> Any:
         name=folder.name,
         dir=str(folder),
         config=config.to_dict(),
-        resume="allow",
     )

@@ -28,11 +28,11 @@ CASES_PER_SHARD = 64
 PLAN = "pack.json"
 
 
-def pack(corpus: PreprocessedCorpus, folder: Path, bits: int, processes: int) -> Iterator[tuple[int, int, list[str]]]:
+def pack(corpus: PreprocessedCorpus, folder: Path, bits: int, processes: int) -> Iterator[tuple[int, list[str]]]:
     """Write every shard that is not there yet, then the index.
 
     Yields:
-        After each shard: cases done, cases in all, and a line for each case that could not be packed so far.
+        After each shard: cases done, and a line for each case that could not be packed so far.
 
     Raises:
         ValueError: the folder was begun with other cases or settings; names what differs.
@@ -47,7 +47,7 @@ def pack(corpus: PreprocessedCorpus, folder: Path, bits: int, processes: int) ->
             for job in as_completed(jobs):
                 failures += job.result()
                 done += len(jobs[job])
-                yield done, len(corpus), failures
+                yield done, failures
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -61,12 +61,13 @@ def begin_or_continue(corpus: PreprocessedCorpus, folder: Path, bits: int) -> No
         "bits": bits,
         "window_hu": list(corpus.sources[0].window),
         "sources": [str(d.folder) for d in corpus.sources],
+        "spacings": [list(d.spacing) for d in corpus.sources],
         "cases": len(corpus),
         "cases_crc32": zlib.crc32(names.encode()),
     }
     file = folder / PLAN
     if file.is_file():
-        begun = json.loads(file.read_text())
+        begun = json.loads(file.read_text(encoding="utf-8"))
         changed = [f"{k}: {begun.get(k)} → {plan[k]}" for k in plan if begun.get(k) != plan[k]]
         if changed:
             raise ValueError(f"{folder} was begun with other settings ({'; '.join(changed)}). Choose another -o.")
@@ -78,7 +79,7 @@ def begin_or_continue(corpus: PreprocessedCorpus, folder: Path, bits: int) -> No
 def pack_shard(corpus: PreprocessedCorpus, folder: Path, bits: int, shard: int) -> list[str]:
     """Write one shard; its entries file appears last and marks it finished. Returns a line for each bad case."""
     entries_file = shard_file(folder, shard, "entries.json")
-    if entries_file.is_file() and not json.loads(entries_file.read_text())["failures"]:
+    if entries_file.is_file() and not json.loads(entries_file.read_text(encoding="utf-8"))["failures"]:
         return []
     entries: list[dict[str, Any]] = []
     failures, body = [], [np.empty((0, 3), np.int16)]
@@ -86,10 +87,11 @@ def pack_shard(corpus: PreprocessedCorpus, folder: Path, bits: int, shard: int) 
     with atomic_file(shard_file(folder, shard, "voxels")) as stream:
         for case in range(len(corpus)):
             try:
-                canonical = to_canonical(corpus.volume(case)[:], corpus.intensity(case))
-            except (ValueError, RuntimeError) as error:
+                stored = corpus.read(case, (0, 0, 0), corpus.shape(case))
+            except ValueError as error:
                 failures.append(str(error))
                 continue
+            canonical = to_canonical(stored, corpus.intensity(case))
             cells = find_body_cells(canonical, air_values(corpus.cases[case][0].channels))
             voxels = quantise(canonical, bits)
             stream.write(voxels.data)
@@ -132,7 +134,7 @@ def write_index(corpus: PreprocessedCorpus, folder: Path, bits: int, num_shards:
     """Gather the shards' entries, in order, into the index."""
     entries: list[dict[str, Any]] = []
     for shard in range(num_shards):
-        entries += json.loads(shard_file(folder, shard, "entries.json").read_text())["entries"]
+        entries += json.loads(shard_file(folder, shard, "entries.json").read_text(encoding="utf-8"))["entries"]
     if not entries:
         raise ValueError(f"No case could be packed into {folder}.")
     datasets = [

@@ -8,15 +8,15 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from nnunetv2.paths import nnUNet_preprocessed
 from tqdm import tqdm
 
+from nnunetv2_hiendmae.folders import preprocessed_root
 from pretraining.pack import pack, packed_bytes, verify
 from pretraining.packed import PackedCorpus
-from pretraining.preprocessed import DataSet, PreprocessedCorpus
+from pretraining.preprocessed import DataSet, PreprocessedCorpus, default_plans
 
 EXAMPLE = """examples:
-  hiendmae_pack -d 500 501 -p HiEndMAEPlans        8-bit voxels, one process a core
+  hiendmae_pack -d 500 501        8-bit voxels, one process a core
   hiendmae_pretrain -packed HiEndMAE_packed_500_501
   hiendmae_pack -o HiEndMAE_packed_500_501 --verify
 
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("-d", nargs="+", metavar="DATASET", help="data set names or ids")
-    p.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans name [nnUNetPlans]")
+    p.add_argument("-p", metavar="PLANS", help="plans name [HiEndMAEPlans where all have them, else nnUNetPlans]")
     p.add_argument("-c", default="3d_fullres", metavar="CONFIGURATION", help="plans configuration [3d_fullres]")
     p.add_argument("-o", metavar="NAME", help="folder, or its name in nnUNet_preprocessed [HiEndMAE_packed_<ids>]")
     p.add_argument("-bits", type=int, choices=(8, 16), default=8, help="of a voxel [8]")
@@ -48,9 +48,7 @@ def packed_folder(name: str) -> Path:
     """A path that exists as given, else a name in ``nnUNet_preprocessed``."""
     if Path(name).is_dir() or Path(name).is_absolute():
         return Path(name)
-    if not nnUNet_preprocessed.is_set():
-        raise ValueError(f"{name} is no folder here, and the environment variable nnUNet_preprocessed is not set.")
-    return Path(str(nnUNet_preprocessed)) / name
+    return preprocessed_root() / name
 
 
 def run_pack(args: argparse.Namespace) -> int:
@@ -58,7 +56,8 @@ def run_pack(args: argparse.Namespace) -> int:
     if args.np < 1:
         raise ValueError(f"-np {args.np} must be at least 1.")
     window = (args.window[0], args.window[1])
-    corpus = PreprocessedCorpus([DataSet.open(d, args.p, args.c, window) for d in dict.fromkeys(args.d)])
+    plans = args.p or default_plans(args.d)
+    corpus = PreprocessedCorpus([DataSet.open(d, plans, args.c, window) for d in dict.fromkeys(args.d)])
     for dataset in corpus.sources:
         if dataset.warning:
             print(f"WARNING: {dataset.warning}")
@@ -67,7 +66,7 @@ def run_pack(args: argparse.Namespace) -> int:
     print(f"{len(corpus)} cases to {folder}")
     failures: list[str] = []
     with tqdm(total=len(corpus), unit="case", disable=not sys.stderr.isatty()) as bar:
-        for done, _, failures in pack(corpus, folder, args.bits, args.np):  # noqa: B007 - the last list is complete
+        for done, failures in pack(corpus, folder, args.bits, args.np):  # noqa: B007 - the last list is complete
             bar.update(done - bar.n)
     for line in failures:
         print(f"LEFT OUT: {line}")

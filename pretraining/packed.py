@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pretraining.corpus import DataSetInfo, Size, read_padded
-from pretraining.preprocessed import remember
+from pretraining.corpus import DataSetInfo, Size, read_padded, remember
 
 INDEX_ARRAYS, INDEX = "index.npz", "index.json"
 FORMAT_VERSION = 1
@@ -53,7 +52,7 @@ class PackedCorpus:
         if not (folder / INDEX).is_file() or not (folder / INDEX_ARRAYS).is_file():
             raise ValueError(f"{folder} holds no finished packed corpus ({INDEX} is missing). Run 'hiendmae_pack'.")
         try:
-            self.header = json.loads((folder / INDEX).read_text())
+            self.header = json.loads((folder / INDEX).read_text(encoding="utf-8"))
             with np.load(folder / INDEX_ARRAYS, allow_pickle=False) as arrays:
                 self.index = {name: arrays[name] for name in arrays.files}
             if self.header["version"] > FORMAT_VERSION:
@@ -104,10 +103,14 @@ class PackedCorpus:
 
     def volume(self, case: int) -> np.ndarray:
         """The case's ``(C, H, W, D)`` quantised voxels, mapped."""
-        voxels = self._map(shard_file(self.folder, int(self.index["shard"][case]), "voxels"))
+        file = shard_file(self.folder, int(self.index["shard"][case]), "voxels")
+        voxels = self._map(file)
         shape = (self.in_channels, *self.shape(case))
         start = int(self.index["voxel_start"][case])
-        return voxels[start : start + int(np.prod(shape))].reshape(shape)
+        end = start + int(np.prod(shape))
+        if end > len(voxels):
+            raise ValueError(f"{file} is cut off. Check with 'hiendmae_pack --verify'; pack again.")
+        return voxels[start:end].reshape(shape)
 
     def read(self, case: int, start: Size, size: Size) -> np.ndarray:
         return read_padded(self.volume(case), start, size, self.air[self.index["dataset"][case]])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import statistics
 import time
@@ -185,7 +184,7 @@ def synchronize(device: torch.device) -> None:
 
 def resident() -> int:
     """Bytes of memory of this process now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
 
 
 def peak_resident() -> int:
@@ -220,8 +219,3 @@ def limit(figures: dict[str, Any], corpus: str) -> str:
     """What is slower when both run side by side."""
     loading = figures["data"][corpus] * max(figures["num_workers"], 1)
     return "the step" if loading > figures["step"]["crops_per_s"] else "loading (more -num_workers, or hiendmae_pack)"
-
-
-def save(figures: dict[str, Any], file: Path) -> None:
-    """The figures as JSON."""
-    file.write_text(json.dumps(figures, indent=2))

@@ -24,7 +24,8 @@ from pretraining.masking import random_shuffle
 
 # What a generator is for; keeps streams apart that share a seed.
 ORDER, CROP, HELD_OUT, SPLIT = range(4)
-
+GRACE_S = 60
+"""Between SIGTERM and a loader process' end."""
 
 Batch = dict[str, Tensor]
 
@@ -148,8 +149,10 @@ def train_loader(stream: CropStream, sampler: MicroBatches, num_workers: int, pi
 
 def leave_signals_to_the_trainer(_: int) -> None:
     """A terminal's Ctrl-C and a scheduler's signals reach the workers too; the trainer finishes its step and stops."""
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for name in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
+    # A trainer that crashes ends its workers by this signal as well, and waits until they are gone.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_S))
 
 
 def held_out_batches(stream: CropStream, num_crops: int, batch_size: int) -> list[dict[str, Any]]:

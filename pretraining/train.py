@@ -45,7 +45,7 @@ from pretraining.stream import (
     train_loader,
 )
 
-HELD_OUT_CROPS = 64
+HELD_OUT_CROPS, HELD_OUT_BATCH = 64, 16
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -92,39 +92,28 @@ def train(
     """Pre-train, or continue, in a run folder, as one rank of the process group.
 
     Returns:
-        The sha256 of the exported encoder; None if a scheduler's signal asked for an early end, after a checkpoint.
+        The sha256 of the encoder that the first rank exported; None on the other ranks, and if a scheduler's signal
+        asked for an early end, after a checkpoint.
 
     Raises:
         ValueError: continued with another config, or all checkpoints are damaged.
         FloatingPointError: the loss is not finite; names the step, cases and crop positions.
         KeyboardInterrupt: Ctrl-C, after a checkpoint.
     """
-    state = TrainState.create(config, device)
-    checkpoint = load_checkpoint(folder) if resume else None
-    if checkpoint is not None:
-        refuse_other_config(checkpoint["config"], config)
-        state.restore(checkpoint)
+    state = begin_or_continue(config, folder, device, resume)
     network = prepare_network(state.model, runtime, device)
-    micro_batch = runtime.micro_batch(config.batch_size, distributed.world_size())
     train_cases, held_out_cases = split_cases(corpus, config.seed)
-    place = (runtime.accumulate, distributed.rank(), distributed.world_size())
-    loader = train_loader(
-        CropStream(corpus, config, train_cases),
-        MicroBatches(state.step, config.steps, config.batch_size, *place),
-        runtime.num_workers,
-        device.type == "cuda",
-    )
-    held_out_stream = CropStream(corpus, config, held_out_cases, HELD_OUT)
-    held_out = held_out_batches(held_out_stream, HELD_OUT_CROPS, min(micro_batch, 16))
+    batches = train_batches(config, runtime, CropStream(corpus, config, train_cases), state.step, device)
+    held_out_size = min(runtime.micro_batch(config.batch_size, distributed.world_size()), HELD_OUT_BATCH)
+    held_out = held_out_batches(CropStream(corpus, config, held_out_cases, HELD_OUT), HELD_OUT_CROPS, held_out_size)
     preview_every = steps_of_epochs(config.preview_epochs, len(train_cases), config.batch_size, config.crops_per_case)
     record = Recorder(config, state.step, folder) if distributed.rank() == 0 else None
 
-    batches = iter(loader)
     with stop_signals() as stop:
         while state.step < config.steps:
-            asked = time.perf_counter()
+            started = time.perf_counter()
             step_batches = [next(batches) for _ in range(runtime.accumulate)]
-            waited = time.perf_counter() - asked
+            waited = time.perf_counter() - started
 
             lr = config.base_lr * warmup_cosine(state.step, config.steps, config.warmup_fraction * config.steps)
             loss = backward(state, network, step_batches, config, device)
@@ -134,16 +123,14 @@ def train(
             update(state, lr, config)
 
             if record:
-                record.step(state.step, loss, lr, waited)
+                record.step(state.step, loss, lr, time.perf_counter() - started, waited)
             if state.step % config.val_every == 0 or state.step == config.steps:
                 values = evaluate(state.model, held_out, config, device)
                 if record:
                     record.validation(state.step, values)
                     save_latest(folder, state.to_dict(config), runtime.keep_checkpoints)
             if record and config.preview_epochs and (state.step % preview_every == 0 or state.step == config.steps):
-                picture = {name: values[:4] for name, values in held_out[0].items()}
-                image, ids = canonical_crops(picture, device), picture["ids_shuffle"].to(device)
-                record.preview(state.step, state.model, image, ids)
+                record.preview(state.step, state.model, held_out[0], device)
             if stopped and state.step < config.steps:
                 if record:
                     save_latest(folder, state.to_dict(config), runtime.keep_checkpoints)
@@ -154,11 +141,30 @@ def train(
                     raise KeyboardInterrupt
                 return None
     if record is None:
-        return ""
+        return None
     record.close()
     save_checkpoint(folder / FINAL, state.to_dict(config))
     remove_intermediate(folder)
     return export_encoder(folder, state.model, config, corpus)
+
+
+def begin_or_continue(config: RunConfig, folder: Path, device: torch.device, resume: bool) -> TrainState:
+    """Fresh weights, or those of the run's latest checkpoint. ``ValueError`` if that has another config."""
+    state = TrainState.create(config, device)
+    if resume:
+        checkpoint = load_checkpoint(folder)
+        refuse_other_config(checkpoint["config"], config)
+        state.restore(checkpoint)
+    return state
+
+
+def train_batches(
+    config: RunConfig, runtime: Runtime, stream: CropStream, step: int, device: torch.device
+) -> Iterator[Batch]:
+    """This rank's micro-batches of the steps after ``step``."""
+    place = (runtime.accumulate, distributed.rank(), distributed.world_size())
+    sampler = MicroBatches(step, config.steps, config.batch_size, *place)
+    return iter(train_loader(stream, sampler, runtime.num_workers, device.type == "cuda"))
 
 
 def prepare_network(model: HiEndMAE, runtime: Runtime, device: torch.device) -> nn.Module:

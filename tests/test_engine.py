@@ -17,6 +17,8 @@ import pytest
 import torch
 from conftest import DATASET, World
 
+from pretraining.stream import split_cases
+
 RUNS = Path("results") / DATASET / "HiEndMAE__nnUNetPlans__3d_fullres"
 SMALL = "-preset tiny -device cpu -crop_size 24 24 24 -num_workers 1 -preview_epochs 0"
 ENDLESS = f"hiendmae_pretrain -d 901 {SMALL} -steps 100000 -batch_size 2 -val_every 5"
@@ -27,7 +29,7 @@ def weights(world: World, run: str) -> dict[str, torch.Tensor]:
 
 
 def losses(world: World, run: str) -> list[float]:
-    lines = (world.root / RUNS / run / "metrics.jsonl").read_text().splitlines()
+    lines = (world.root / RUNS / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
 
 
@@ -35,7 +37,7 @@ def start(world: World, command: str, **env: str) -> subprocess.Popen[str]:
     words = command.split()
     words[0] = str(Path(sys.executable).with_name(words[0]))
     return subprocess.Popen(
-        words, env={**world.env, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        words, env={**world.env, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
         start_new_session=True,
     )  # fmt: skip
 
@@ -50,7 +52,7 @@ def wait_for(process: subprocess.Popen[str], beginning: str) -> None:
 
 def descendants(pid: int, pattern: str = "") -> list[int]:
     """Processes below one, whose command line matches."""
-    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout.split()
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, encoding="utf-8", check=False).stdout.split()
     below = [int(child) for child in found]
     commands = {child: Path(f"/proc/{child}/cmdline").read_bytes().decode() for child in below}
     return [c for c in below if pattern in commands[c]] + [d for c in below for d in descendants(c, pattern)]
@@ -137,7 +139,7 @@ def test_a_scheduler_signals_torchrun_and_its_ranks(world: World) -> None:
     command = f"{torchrun} --standalone --nproc_per_node 2 -m pretraining {ENDLESS.split(' ', 1)[1]} -run torch"
     process = subprocess.Popen(
         ["bash", "-c", f"trap '' USR1; exec {command}"], env=world.env, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        stderr=subprocess.STDOUT, encoding="utf-8", start_new_session=True,
     )  # fmt: skip
     wait_for(process, "step 5/")
     for pid in [process.pid, *descendants(process.pid)]:  # a job step is signalled process by process
@@ -206,7 +208,7 @@ def test_non_finite_loss_stops_before_the_step(world: World) -> None:
     flags = f"-d 901 {SMALL} -steps 50 -batch_size 2 -val_every 1 -run spoiled"
     words = [sys.executable, "-c", NON_FINITE, *flags.split()]
     done = subprocess.run(
-        words, env=world.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        words, env=world.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", check=False
     )
     assert done.returncode == 1 and "Traceback" not in done.stdout
     message = done.stdout.splitlines()[-1]
@@ -252,6 +254,23 @@ def test_full_disk_keeps_the_old_checkpoint(world: World, tmp_path: Path) -> Non
         subprocess.run(["umount", str(results)], check=True)
 
 
+def test_damaged_volume_is_named(world: World, tmp_path: Path) -> None:
+    """Met by a loader process in the middle of a run: one line, exit 1, nothing of the run is lost."""
+    shutil.copytree(world.root / "preprocessed", tmp_path / "preprocessed", ignore=shutil.ignore_patterns("*_body_*"))
+    cases = [tmp_path / "preprocessed" / DATASET / "nnUNetPlans_3d_fullres" / f"phantom_00{i}.b2nd" for i in range(6)]
+    for training_case in split_cases(cases, 41)[0]:  # type: ignore[arg-type]
+        file = cases[training_case]
+        content = bytearray(file.read_bytes())
+        content[len(content) // 4 : -len(content) // 4] = bytes(len(content) // 2)
+        file.write_bytes(content)
+    env = {**world.env, "nnUNet_preprocessed": str(tmp_path / "preprocessed"), "nnUNet_results": str(tmp_path)}
+    command = [str(Path(sys.executable).with_name("hiendmae_pretrain")), *f"-d 901 {SMALL} -steps 9".split()]
+    done = subprocess.run(command, env=env, capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 1, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("hiendmae_pretrain: error: Cannot read ") and "Preprocess this case again." in line
+
+
 LEAK = """
 import os, sys
 from pathlib import Path
@@ -259,7 +278,7 @@ from pretraining.cli import parser, make_config, find_corpus
 from pretraining.stream import CropStream, split_cases
 args = parser().parse_args(sys.argv[1:])
 corpus, source = find_corpus(args)
-stream = CropStream(corpus, make_config(args, corpus, source), split_cases(corpus, 41)[0])
+stream = CropStream(corpus, make_config(args, corpus, source, steps=1), split_cases(corpus, 41)[0])
 rss = lambda: int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE")
 for i in range(10_000):
     stream[i]

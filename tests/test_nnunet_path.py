@@ -32,12 +32,16 @@ def trained(world: World, pretrained: Path) -> World:
 
 
 def test_results_say_how_they_were_made(trained: World, pretrained: Path) -> None:
-    block = json.loads((results(trained) / "plans.json").read_text())["configurations"]["3d_fullres"]["hiendmae"]
+    block = json.loads((results(trained) / "plans.json").read_text(encoding="utf-8"))["configurations"]["3d_fullres"][
+        "hiendmae"
+    ]
     weights = load_weights(pretrained)
     assert block["architecture"] == weights.header["architecture"]
     assert block["weights_sha256"] == weights.sha256
     assert (block["num_epochs"], block["feature_size"], block["window_hu"]) == (2, 4, [-175.0, 250.0])
-    assert json.loads((results(trained) / "fold_0" / "validation" / "summary.json").read_text())["foreground_mean"]
+    assert json.loads((results(trained) / "fold_0" / "validation" / "summary.json").read_text(encoding="utf-8"))[
+        "foreground_mean"
+    ]
 
 
 def test_continue_validate_predict_without_weights(trained: World, pretrained: Path) -> None:
@@ -119,7 +123,7 @@ def test_2d_configuration_is_refused(world: World, pretrained: Path) -> None:
 
 
 def test_readme_tree_names_every_file() -> None:
-    readme = (CHECKOUT / "README.md").read_text()
+    readme = (CHECKOUT / "README.md").read_text(encoding="utf-8")
     files = [p for folder in ("nnunetv2_hiendmae", "pretraining") for p in (CHECKOUT / folder).rglob("*.py")]
     missing = [p.name for p in files if p.name != "__init__.py" and p.name not in readme]
     assert not missing

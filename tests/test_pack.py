@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -62,7 +61,7 @@ def test_a_packed_corpus_trains(world: World, source: PreprocessedCorpus) -> Non
     log = world.run(f"hiendmae_pretrain -packed HiEndMAE_packed_901 {flags}")
     assert "Encoder weights" in log
     run = world.root / "results" / DATASET / "HiEndMAE__packed__HiEndMAE_packed_901" / "tiny_901"
-    config = json.loads((run / "config.json").read_text())
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     assert config["packed_bits"] == 8 and config["datasets"] == [DATASET]
     log = world.run(f"hiendmae_pretrain -packed HiEndMAE_packed_901 {flags} -window -200 300 -run other", ok=False)
     assert "-window was settled when HiEndMAE_packed_901 was packed" in log
@@ -118,7 +117,7 @@ def test_interrupted_packing_goes_on(source: PreprocessedCorpus, world: World, t
 
 def test_ctrl_c_then_the_same_command(world: World, tmp_path: Path) -> None:
     words = [str(Path(sys.executable).with_name("hiendmae_pack")), "-d", "901", "-o", str(tmp_path / "p"), "-np", "1"]
-    process = subprocess.Popen(words, env=world.env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(words, env=world.env, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True)
     while not (tmp_path / "p" / "pack.json").is_file():
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
@@ -153,7 +152,6 @@ def test_start_up_with_100_000_cases(tmp_path: Path) -> None:
     datasets = [{"name": f"Dataset{n}_X", "num_cases": 50_000, "spacing": [1.5] * 3, "air": [0]} for n in (1, 2)]
     save_index(tmp_path, {"version": 1, "bits": 8, "window_hu": [-175, 250], "in_channels": 1, "datasets": datasets}, entries)  # fmt: skip # noqa: E501
     words = [sys.executable, "-c", START_UP, str(tmp_path)]
-    count, name, seconds, mebibytes = subprocess.check_output(words, text=True).split()
+    count, name, seconds, mebibytes = subprocess.check_output(words, encoding="utf-8").split()
     assert (count, name) == ("100000", "Dataset2_X/case_099999")
     assert float(seconds) < 5 and float(mebibytes) < 500
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 0

@@ -38,7 +38,9 @@ def test_run_folder_has_everything(pretrained: Path) -> None:
         "config.json", "metrics.jsonl", "progress.png", "checkpoint_final.pth", "encoder_weights.pth", "previews",
     }  # fmt: skip
     assert (pretrained.parent / "previews" / "step_00000006.png").stat().st_size > 10_000
-    entries = [json.loads(line) for line in (pretrained.parent / "metrics.jsonl").read_text().splitlines()]
+    entries = [
+        json.loads(line) for line in (pretrained.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert entries[-1]["step"] == 6 and 0 < entries[-1]["val_mean_patch_loss"] <= 1
     weights = load_weights(pretrained)
     assert weights.header["datasets"] == [{"name": DATASET, "cases": 6}]
@@ -89,7 +91,7 @@ def test_unset_folder_is_named(world: World, variable: str, monkeypatch: pytest.
     monkeypatch.delenv(variable, raising=False)
     env = {k: v for k, v in world.env.items() if k != variable}
     words = [str(Path(sys.executable).with_name("hiendmae_pretrain")), *f"-d 901 {SMALL}".split()]
-    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, env=env, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"The environment variable {variable} is not set" in done.stderr
 

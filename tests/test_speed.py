@@ -15,7 +15,7 @@ def test_figures_are_complete_and_consistent(world: World, tmp_path: Path) -> No
         f"hiendmae_benchmark_speed -d 901 -compare_packed {tmp_path / 'packed'} -preset tiny -device cpu "
         f"-crop_size 24 24 24 -batch_size 2 -seconds 0.5 -json {tmp_path / 'speed.json'}"
     )
-    figures = json.loads((tmp_path / "speed.json").read_text())
+    figures = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))
     assert set(figures["data"]) == {"nnU-Net .b2nd read", ".b2nd", "packed 8 bits"}
     assert set(figures["together"]) == set(figures["constant_patches"]) == {".b2nd", "packed 8 bits"}
     step = figures["step"]

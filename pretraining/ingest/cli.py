@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from nnunetv2.paths import nnUNet_raw
 from tqdm import tqdm
 
-from nnunetv2_hiendmae.folders import raw_folder
+from nnunetv2_hiendmae.folders import raw_folder, raw_root
 from pretraining.ingest.ingest import DiskFull, hash_dataset, ingest
 from pretraining.ingest.quality import Gate
 from pretraining.ingest.report import REPORT, THUMBNAILS, Report, draw_sheets
@@ -49,12 +48,10 @@ def parser() -> argparse.ArgumentParser:
 
 def output_folder(number: int, name: str) -> Path:
     """``nnUNet_raw/DatasetXXX_Name``. ``ValueError`` if that is impossible or taken."""
-    if not nnUNet_raw.is_set():
-        raise ValueError("The environment variable nnUNet_raw is not set; it names the raw data.")
     if not 1 <= number <= 999 or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_\-]*", name) or "__" in name:
         raise ValueError(f"-d {number} must be 1…999, and -n '{name}' of letters, digits, '-' and single '_'.")
-    folder = Path(str(nnUNet_raw)) / f"Dataset{number:03d}_{name}"
-    others = [p.name for p in Path(str(nnUNet_raw)).glob(f"Dataset{number:03d}_*") if p.name != folder.name]
+    folder = raw_root() / f"Dataset{number:03d}_{name}"
+    others = [p.name for p in raw_root().glob(f"Dataset{number:03d}_*") if p.name != folder.name]
     if others:
         raise ValueError(f"-d {number} is taken by {others[0]}.")
     if folder.exists() and not (folder / REPORT).is_file() and any(folder.iterdir()):
