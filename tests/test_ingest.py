@@ -78,6 +78,17 @@ def test_test_scans_do_not_leak(place: World, tmp_path: Path) -> None:
     assert "1 accepted, 1 refused" in log
 
 
+def test_duplicates_are_found_across_data_sets(place: World, tmp_path: Path) -> None:
+    for number, cases in ((510, (1, 2)), (511, (2, 3))):
+        heap = tmp_path / f"heap{number}"
+        for case in cases:
+            write(ct(case), heap / f"scan_{case}.nii.gz")
+        log = place.run(f"hiendmae_ingest -i {heap} -d {number} -n Heap -np 1", ok=number == 510)
+    first = table(place)["scan_2.nii.gz"]["case"]
+    assert f"REFUSED scan_2.nii.gz: duplicate of Dataset510_Heap/{first}" in log and "1 accepted, 1 refused" in log
+    assert table(place)["scan_2.nii.gz"]["status"] == "accepted"  # the other report is as it was
+
+
 def test_gate_can_be_turned_off(place: World, tmp_path: Path) -> None:
     write(ct(1) + 1024, tmp_path / "heap" / "offset.nii.gz")
     place.run(f"hiendmae_ingest -i {tmp_path / 'heap'} -d 510 -n Heap", ok=False)

@@ -13,9 +13,9 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from nnunetv2_hiendmae.folders import raw_folder, raw_root
-from pretraining.ingest.ingest import DiskFull, hash_dataset, ingest
+from pretraining.ingest.ingest import Aborted, hash_dataset, ingest
 from pretraining.ingest.quality import Gate
-from pretraining.ingest.report import REPORT, THUMBNAILS, Report, draw_sheets
+from pretraining.ingest.report import REPORT, THUMBNAILS, Report, draw_sheets, read_rows
 
 EXAMPLE = """examples:
   hiendmae_ingest -i /data/scans -d 510 -n Abdomen
@@ -59,6 +59,13 @@ def output_folder(number: int, name: str) -> Path:
     return folder
 
 
+def ingested_hashes(folder: Path) -> dict[str, str]:
+    """Content hashes of what was ingested into other data sets, from their reports."""
+    reports = [file for file in sorted(raw_root().glob(f"Dataset*/{REPORT}")) if file.parent != folder]
+    rows = ((file.parent.name, row) for file in reports for row in read_rows(file))
+    return {row.sha256: f"{name}/{row.case}" for name, row in rows if row.status == "accepted"}
+
+
 def known_hashes(datasets: list[str]) -> dict[str, str]:
     """Content hashes of the data sets to keep out, training and test images."""
     known: dict[str, str] = {}
@@ -80,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     if args.np < 1:
         raise ValueError(f"-np {args.np} must be at least 1.")
     folder = output_folder(args.d, args.n)
-    known = known_hashes(args.exclude_overlap)
+    known = ingested_hashes(folder) | known_hashes(args.exclude_overlap)
     gate = None if args.no_quality_gate else Gate()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "ingest_settings.json").write_text(
@@ -109,7 +116,7 @@ def main() -> NoReturn:
         refused = run(args)
     except ValueError as error:
         p.exit(2, f"hiendmae_ingest: error: {error}\n")
-    except (DiskFull, OSError) as error:
+    except (Aborted, OSError) as error:
         p.exit(1, f"hiendmae_ingest: error: {error}. What was accepted is kept; the same command goes on\n")
     except KeyboardInterrupt:
         p.exit(130, "hiendmae_ingest: interrupted; the same command goes on\n")

@@ -11,6 +11,7 @@ from pathlib import Path
 import SimpleITK as sitk
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+SERIES_UID = "0020|000e"
 COMPANIONS = (".raw", ".zraw", ".img", ".hdr")
 """Voxels of .mhd and .nhdr headers: read with them."""
 
@@ -57,21 +58,29 @@ def find_sources(folder: Path) -> Iterator[Source]:
 
 def find_series(folder: Path, here: Path, names: list[str]) -> Iterator[Source]:
     """DICOM series among the files of one folder; the rest one by one."""
-    rest = {str(here / name) for name in names}
-    series_ids = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(here)) if any(map(looks_like_dicom, rest)) else ()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    series: dict[str, list[str]] = {}
+    rest = []
+    for file in (str(here / name) for name in names):
+        uid = series_uid(file)
+        if uid:
+            series.setdefault(uid, []).append(file)
+        else:
+            rest.append(file)
     relative = str(here.relative_to(folder))
-    for series in series_ids:
-        files = tuple(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(here), series))
-        rest -= set(files)
-        yield Source(relative if len(series_ids) == 1 else f"{relative}#{series}", files, True)
-    for file in sorted(rest):
+    for uid, files in sorted(series.items()):
+        yield Source(relative if len(series) == 1 else f"{relative}#{uid}", tuple(files), True)
+    for file in rest:
         yield Source(str(Path(file).relative_to(folder)), (file,))
 
 
-def looks_like_dicom(file: str) -> bool:
-    """The letters DICM after the preamble."""
+def series_uid(file: str) -> str:
+    """SeriesInstanceUID of a DICOM image; empty for any other file."""
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileName(file)
     try:
-        with open(file, "rb") as stream:
-            return stream.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
+        reader.ReadImageInformation()
+    except RuntimeError:
+        return ""
+    return reader.GetMetaData(SERIES_UID).strip() if reader.HasMetaDataKey(SERIES_UID) else ""

@@ -6,10 +6,12 @@ import errno
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -22,12 +24,12 @@ from pretraining.ingest.read import Refused, read
 from pretraining.ingest.report import THUMBNAILS, Report, Row, save_thumbnail
 
 ENDING = ".nii.gz"
-IN_FLIGHT = 4
+IN_FLIGHT = 8
 """Sources handed out per process: the heap is never held as a whole."""
 
 
-class DiskFull(Exception):
-    """The output could not be written."""
+class Aborted(Exception):
+    """No further source can be ingested: the disk is full, or a process was killed."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def ingest(
         known: content hashes of other data sets and where they are; a match is refused.
 
     Raises:
-        DiskFull: stops; what was accepted so far stays.
+        Aborted: stops; what was accepted so far stays.
     """
     for part in ("imagesTr", "unfinished", f"{THUMBNAILS}/cases"):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -86,21 +88,18 @@ def settled(row: Row | None, source: Source, folder: Path) -> bool:
 
 
 def run_tasks(pool: ProcessPoolExecutor, tasks: Iterator[Task], processes: int) -> Iterator[tuple[Task, Row]]:
-    """Results as they come, with a few tasks in flight. A process that dies costs the sources it had in hand."""
-    pending: dict[Future[Row], Task] = {}
+    """Results in the tasks' order, so that the same of two duplicates is accepted every time; a few are in flight."""
+    pending: deque[tuple[Task, Future[Row]]] = deque()
     while True:
-        for task in tasks:
-            pending[pool.submit(look_at, task)] = task
-            if len(pending) >= IN_FLIGHT * processes:
-                break
+        for task in islice(tasks, IN_FLIGHT * processes - len(pending)):
+            pending.append((task, pool.submit(look_at, task)))
         if not pending:
             return
-        for future in wait(pending, return_when=FIRST_COMPLETED).done:
-            task = pending.pop(future)
-            try:
-                yield task, future.result()
-            except BrokenProcessPool:
-                raise DiskFull("a process was killed (out of memory?); lower -np") from None
+        task, future = pending.popleft()
+        try:
+            yield task, future.result()
+        except BrokenProcessPool:
+            raise Aborted("a process was killed (out of memory?); lower -np") from None
 
 
 def look_at(task: Task) -> Row:
@@ -122,14 +121,14 @@ def look_at(task: Task) -> Row:
         return replace(row, reason=str(refusal))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(f"{folder}: no space left while writing {task.case} from {source.name}") from None
+            raise Aborted(f"{folder}: no space left while writing {task.case} from {source.name}") from None
         return replace(row, reason=f"{type(error).__name__}: {error}")
     except Exception as error:  # one bad input must not stop the others; the report names it
         return replace(row, reason=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
 
 def put(image: sitk.Image, source: Source, target: Path) -> None:
-    """A link to a gzipped 3D NIfTI, else a converted copy. ``DiskFull`` if it cannot be written."""
+    """A link to a gzipped 3D NIfTI, else a converted copy. ``Aborted`` if it cannot be written."""
     target.unlink(missing_ok=True)
     if not source.is_dicom and source.files[0].lower().endswith(ENDING) and header_size(source.files[0]) == 3:
         os.symlink(os.path.abspath(source.files[0]), target)
@@ -139,7 +138,7 @@ def put(image: sitk.Image, source: Source, target: Path) -> None:
         sitk.ReadImage(str(target))  # a full disk leaves a short file without an error
     except RuntimeError:
         target.unlink(missing_ok=True)
-        raise DiskFull(f"{target} could not be written; is the disk full?") from None
+        raise Aborted(f"{target} could not be written; is the disk full?") from None
 
 
 def header_size(file: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -39,21 +39,28 @@ class Row:
     """Of the voxels."""
 
 
+COLUMNS = [f.name for f in fields(Row)]
+
+
+def read_rows(file: Path) -> Iterator[Row]:
+    """Lines of a report; one that an interruption cut off is left out."""
+    with open(file, newline="", encoding="utf-8", errors="surrogateescape") as stream:
+        for line in csv.DictReader(stream):
+            if set(COLUMNS) <= set(line) and None not in line.values():
+                yield Row(**{name: line[name] for name in COLUMNS})
+
+
 class Report:
     """The table, appended to as results come, so that an interruption loses at most the line at hand."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / REPORT
         self.rows: dict[str, Row] = {}
-        names = [f.name for f in fields(Row)]
         if self.file.is_file():
-            with open(self.file, newline="", encoding="utf-8", errors="surrogateescape") as stream:
-                for line in csv.DictReader(stream):
-                    if set(names) <= set(line) and None not in line.values():
-                        self.rows[line["input"]] = Row(**{name: line[name] for name in names})
+            self.rows = {row.input: row for row in read_rows(self.file)}
         temporary = self.file.with_suffix(".tmp")
         with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
-            writer = csv.DictWriter(stream, names)
+            writer = csv.DictWriter(stream, COLUMNS)
             writer.writeheader()
             writer.writerows(asdict(row) for row in self.rows.values())
         os.replace(temporary, self.file)
@@ -61,7 +68,7 @@ class Report:
     def add(self, row: Row) -> None:
         self.rows[row.input] = row
         with open(self.file, "a", newline="", encoding="utf-8", errors="surrogateescape") as stream:
-            csv.DictWriter(stream, [f.name for f in fields(Row)]).writerow(asdict(row))
+            csv.DictWriter(stream, COLUMNS).writerow(asdict(row))
 
     def select(self, status: str) -> list[Row]:
         """Rows of a status, in order of input."""
