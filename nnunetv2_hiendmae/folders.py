@@ -3,29 +3,48 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
 
-def preprocessed_folder(dataset: str) -> Path:
-    """``nnUNet_preprocessed/DatasetXXX_Name`` of a data set named or numbered.
+def raw_root() -> Path:
+    """``nnUNet_raw``. ``ValueError`` if it is not set."""
+    return set_folder(nnUNet_raw, "nnUNet_raw", "names the raw data")
 
-    Raises:
-        ValueError: nnU-Net knows no such data set, or ``nnUNet_preprocessed`` is not set.
-    """
-    if not nnUNet_preprocessed.is_set():
-        raise ValueError("The environment variable nnUNet_preprocessed is not set; it names the preprocessed data.")
-    try:
-        # nnU-Net may return a numpy string, which a checkpoint of plain data must not hold.
-        name = str(maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset))
-    except RuntimeError as error:
-        raise ValueError(f"-d {dataset}: {error}") from None
-    return Path(str(nnUNet_preprocessed)) / name
+
+def preprocessed_root() -> Path:
+    """``nnUNet_preprocessed``. ``ValueError`` if it is not set."""
+    return set_folder(nnUNet_preprocessed, "nnUNet_preprocessed", "names the preprocessed data")
 
 
 def results_folder() -> Path:
     """``nnUNet_results``. ``ValueError`` if it is not set."""
-    if not nnUNet_results.is_set():
-        raise ValueError("The environment variable nnUNet_results is not set; it names the folder for results.")
-    return Path(str(nnUNet_results))
+    return set_folder(nnUNet_results, "nnUNet_results", "names the folder for results")
+
+
+def raw_folder(dataset: str) -> Path:
+    """``nnUNet_raw/DatasetXXX_Name`` of a data set named or numbered. ``ValueError`` if nnU-Net does not know it."""
+    return raw_root() / dataset_name(dataset)
+
+
+def preprocessed_folder(dataset: str) -> Path:
+    """``nnUNet_preprocessed/DatasetXXX_Name`` of a data set named or numbered. ``ValueError`` as ``raw_folder``."""
+    return preprocessed_root() / dataset_name(dataset)
+
+
+def dataset_name(dataset: str) -> str:
+    """``DatasetXXX_Name`` of a data set named or numbered. ``ValueError`` if nnU-Net knows no such data set."""
+    try:
+        # nnU-Net may return a numpy string, which a checkpoint of plain data must not hold.
+        return str(maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset))
+    except RuntimeError as error:
+        raise ValueError(f"-d {dataset}: {error}") from None
+
+
+def set_folder(variable: Any, name: str, purpose: str) -> Path:
+    """The folder that one of nnU-Net's environment variables names."""
+    if not variable.is_set():
+        raise ValueError(f"The environment variable {name} is not set; it {purpose}.")
+    return Path(str(variable))

@@ -1,13 +1,17 @@
-"""The published augmentation, drawn from a generator and applied to one crop in the loader's process.
+"""The published augmentation, drawn from a generator and replayable from its seed.
 
-A draw comes before the crop is read: a rotation by an odd number of quarter turns swaps the two edges to read.
+A draw comes before the crop is read: a rotation by an odd number of quarter turns swaps the two edges to read. What
+keeps the shape of a batch is done on the training device.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
+import torch
+from torch import Tensor
 
 Size = tuple[int, int, int]
 
@@ -15,6 +19,8 @@ FLIP_P = 0.5
 ROTATE_P = 0.3
 INTENSITY_P = 0.1
 INTENSITY_RANGE = 0.1
+EXCHANGES = ((0, 0), (0, 1), (0, 2), (1, 2))
+"""Pairs of axes; the first is none."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +51,53 @@ class Augmentation:
             edges[a], edges[b] = edges[b], edges[a]
         return edges[0], edges[1], edges[2]
 
-    def apply(self, crop: np.ndarray) -> np.ndarray:
-        """Crop ``(C, *size_to_read)`` to ``(C, *size)``; intensities are not clipped afterwards, as published."""
-        crop = np.flip(crop, tuple(axis + 1 for axis, flip in enumerate(self.flips) if flip))
-        crop = np.rot90(crop, self.quarter_turns, (self.plane[0] + 1, self.plane[1] + 1))
-        return np.ascontiguousarray(crop * np.float32(self.scale) + np.float32(self.shift))
+    def exchange_in_loader(self, crop: np.ndarray) -> tuple[np.ndarray, int]:
+        """A view ``(C, *size)`` of a crop ``(C, *size_to_read)``, and the exchange left to the device.
+
+        Off the cube an exchange changes the shape, so it comes before crops are put into a batch; else the device does
+        it, faster.
+        """
+        a, b = self.plane
+        if self.quarter_turns % 2 == 0:
+            return crop, 0
+        same = crop.shape[a + 1] == crop.shape[b + 1]
+        return (crop, EXCHANGES.index(self.plane)) if same else (crop.swapaxes(a + 1, b + 1), 0)
+
+    @property
+    def flips_afterwards(self) -> tuple[bool, bool, bool]:
+        """Axes to flip after the exchange, for ``flips`` followed by a rotation like ``np.rot90``."""
+        a, b = self.plane
+        flips = list(self.flips)
+        if self.quarter_turns % 2:
+            flips[a], flips[b] = flips[b], flips[a]
+        for axis in {0: (), 1: (a,), 2: (a, b), 3: (b,)}[self.quarter_turns]:
+            flips[axis] = not flips[axis]
+        return flips[0], flips[1], flips[2]
 
 
+def orient_crops(image: Tensor, exchange: Tensor, flips: Tensor) -> Tensor:
+    """Batch ``(B, C, H, W, D)``, each crop with two axes exchanged, then flipped.
+
+    Args:
+        image: crops.
+        exchange: ``(B,)`` int64 on the CPU, into ``EXCHANGES``.
+        flips: ``(B, 3)`` bool on the CPU.
+    """
+    orientations = exchange * 8 + (flips * torch.tensor((1, 2, 4))).sum(1)
+    if not orientations.any():
+        return image
+    oriented = image.clone()
+    for orientation in orientations.unique().tolist():
+        chosen = (orientations == orientation).nonzero()[:, 0].to(image.device)
+        some = image[chosen]
+        if orientation >= 8:
+            a, b = EXCHANGES[orientation // 8]
+            some = some.transpose(a + 2, b + 2)
+        oriented[chosen] = some.flip([axis + 2 for axis in range(3) if orientation >> axis & 1])
+    return oriented
+
+
+@cache
 def rotation_plane(spacing: tuple[float, float, float]) -> tuple[int, int]:
     """The two axes whose spacings are closest, the axial plane of most CT; a tie goes to the last two."""
     pairs = [(1, 2), (0, 1), (0, 2)]

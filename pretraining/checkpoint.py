@@ -1,22 +1,26 @@
-"""Run folders: config, checkpoints, metrics, and the exported encoder."""
+"""Run folders: configuration, checkpoints, and the exported encoder."""
 
 from __future__ import annotations
 
-import json
+import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from nnunetv2.paths import nnUNet_preprocessed
 
 from nnunetv2_hiendmae.folders import results_folder
 from nnunetv2_hiendmae.weights import WEIGHTS_FILE, atomic_file, load_tensors, save_weights
 from pretraining.config import RunConfig, plain
 from pretraining.corpus import Corpus
 from pretraining.model import HiEndMAE
+from pretraining.provenance import read_provenance
 
 LATEST = "checkpoint_latest.pth"
 FINAL = "checkpoint_final.pth"
-METRICS = "metrics.jsonl"
+OLDER = "checkpoint_older_{}.pth"
+"""1 is the one before the latest."""
 
 
 def run_folder(dataset: str, plans: str, configuration: str, run: str) -> Path:
@@ -25,28 +29,57 @@ def run_folder(dataset: str, plans: str, configuration: str, run: str) -> Path:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint atomically."""
-    with atomic_file(path) as file:
-        torch.save(state, file)
+    """Write a checkpoint atomically. ``OSError`` if it cannot be written; an older one of that name then stays."""
+    try:
+        with atomic_file(path) as file:
+            torch.save(state, file)
+    except RuntimeError as error:  # torch's way to say that the disk is full
+        raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}); is the disk full?") from None
 
 
-def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The run's newest checkpoint, or None. ``ValueError`` if it is damaged."""
-    for name in (FINAL, LATEST):
-        if (folder / name).is_file():
-            return load_tensors(folder / name)
-    return None
+def save_latest(folder: Path, state: dict[str, Any], keep: int) -> None:
+    """Write the latest checkpoint; the ``keep - 1`` before it move back one place."""
+    fresh = folder / "checkpoint_new.pth"
+    save_checkpoint(fresh, state)
+    names = [LATEST, *(OLDER.format(i) for i in range(1, keep))]
+    for newer, older in reversed(list(pairwise(names))):
+        if (folder / newer).is_file():
+            os.replace(folder / newer, folder / older)
+    os.replace(fresh, folder / LATEST)
+
+
+def remove_intermediate(folder: Path) -> None:
+    """Once the final checkpoint is written, those before it are no longer needed."""
+    for file in (folder / LATEST, *folder.glob(OLDER.format("*"))):
+        file.unlink(missing_ok=True)
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any]:
+    """The run's newest checkpoint that can be read.
+
+    A damaged one is reported and passed over for the one before it.
+
+    Raises:
+        ValueError: there is none, or all are damaged.
+    """
+    files = [folder / FINAL, folder / LATEST, *sorted(folder.glob(OLDER.format("*")))]
+    problems = []
+    for file in filter(Path.is_file, files):
+        try:
+            checkpoint = load_tensors(file)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            print(f"WARNING: {problem} Continuing from {file.name}, step {checkpoint['step']}.", flush=True)
+        return checkpoint
+    raise ValueError(" ".join(problems) or f"{folder} has no checkpoint.")
 
 
 def refuse_other_config(saved: dict[str, Any], config: RunConfig) -> None:
     """``ValueError`` naming every field in which a continued run would differ."""
-    now = config.to_dict()
-    flat_now, flat_saved = flatten(now), flatten(saved)
-    changed = [
-        f"{k}: {flat_saved.get(k)} → {flat_now.get(k)}"
-        for k in sorted(flat_now.keys() | flat_saved.keys())
-        if flat_now.get(k) != flat_saved.get(k)
-    ]
+    flat_now, flat_saved = flatten(config.to_dict()), flatten(RunConfig.from_dict(saved).to_dict())
+    changed = [f"{k}: {flat_saved[k]} → {flat_now[k]}" for k in sorted(flat_now) if flat_now[k] != flat_saved[k]]
     if changed:
         raise ValueError(
             f"--c continues a run as it was started, but these settings differ: {'; '.join(changed)}. "
@@ -62,22 +95,9 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-class MetricsLog:
-    """``metrics.jsonl``: one JSON object a line; a continued run drops what lies beyond its checkpoint."""
-
-    def __init__(self, folder: Path, start_step: int) -> None:
-        self.file = folder / METRICS
-        self.entries: list[dict[str, Any]] = []
-        if start_step and self.file.is_file():
-            lines = [json.loads(line) for line in self.file.read_text().splitlines() if line.endswith("}")]
-            self.entries = [entry for entry in lines if entry["step"] <= start_step]
-        with atomic_file(self.file) as file:
-            file.writelines(json.dumps(entry).encode() + b"\n" for entry in self.entries)
-
-    def log(self, **entry: Any) -> None:
-        self.entries.append(entry)
-        with open(self.file, "a") as file:
-            file.write(json.dumps(entry) + "\n")
+def provenance_of(dataset: str) -> dict[str, Any] | None:
+    """The manifest of a data set that hiendmae_plan_and_preprocess made, if it is at hand."""
+    return read_provenance(Path(str(nnUNet_preprocessed)) / dataset) if nnUNet_preprocessed.is_set() else None
 
 
 def export_encoder(folder: Path, model: HiEndMAE, config: RunConfig, corpus: Corpus) -> str:
@@ -88,9 +108,11 @@ def export_encoder(folder: Path, model: HiEndMAE, config: RunConfig, corpus: Cor
         "window_hu": plain(config.window_hu),
         "img_size": plain(config.model.img_size),
         "spacing": {d.name: plain(d.spacing) for d in corpus.datasets},
-        "datasets": [{"name": d.name, "cases": len(d.cases)} for d in corpus.datasets],
+        "datasets": [{"name": d.name, "cases": d.num_cases} for d in corpus.datasets],
         "steps": config.steps,
         "batch_size": config.batch_size,
+        "decoder": config.model.decoder,
+        "provenance": [m for m in (provenance_of(d.name) for d in corpus.datasets) if m is not None],
         "licence": "that of the training data; not stated",
     }
     encoder = {name: tensor.cpu() for name, tensor in model.encoder.state_dict().items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from nnunetv2_hiendmae.architectures.vit import ENCODERS, ViTConfig
@@ -10,6 +11,9 @@ from nnunetv2_hiendmae.intensity import DEFAULT_WINDOW, Window
 from pretraining.masking import num_visible
 
 Size = tuple[int, int, int]
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+DECODERS = ("hierarchical", "last_layer", "self_attention")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,10 @@ class ModelConfig:
     """Decoder attention heads."""
     decoder_self_depth: int
     """Self-attention blocks before the cross-attention blocks; published: 2."""
+    decoder: str = "hierarchical"
+    """``hierarchical``: each cross-attention block queries its tap (published). Controls that take the method's two
+    ideas away one by one: ``last_layer``: all query the encoder's final output; ``self_attention``: none queries,
+    ``len(taps)`` further self-attention blocks take their place (a plain MAE)."""
 
     def __post_init__(self) -> None:
         for name in ("img_size", "patch_size", "taps"):
@@ -52,6 +60,8 @@ class ModelConfig:
                 f"decoder_embed_dim={self.decoder_embed_dim} must be divisible by 6 and by "
                 f"decoder_num_heads={self.decoder_num_heads}."
             )
+        if self.decoder not in DECODERS:
+            raise ValueError(f"Unknown decoder='{self.decoder}'; known: {', '.join(DECODERS)}.")
         if not 0 < self.num_visible < self.num_tokens:
             raise ValueError(
                 f"mask_ratio={self.mask_ratio} leaves {self.num_visible} of {self.num_tokens} tokens visible; "
@@ -63,7 +73,7 @@ class ModelConfig:
         """The part that fine-tuning keeps."""
         return ViTConfig(**{f.name: getattr(self, f.name) for f in fields(ViTConfig)})
 
-    @property
+    @cached_property
     def grid(self) -> Size:
         """Tokens per axis."""
         h, w, d = (s // p for s, p in zip(self.img_size, self.patch_size, strict=True))
@@ -105,7 +115,9 @@ class RunConfig:
     steps: int
     """Optimizer steps."""
     batch_size: int
-    """Crops a step."""
+    """Crops a step, over all GPUs and accumulated micro-batches."""
+    packed_bits: int = 0
+    """Bits a voxel of a packed corpus (8 or 16); 0: nnU-Net's .b2nd files."""
     window_hu: Window = DEFAULT_WINDOW
     """HU range scaled to [0, 1]."""
     crops_per_case: int = 1
@@ -120,19 +132,31 @@ class RunConfig:
     """Decoupled weight decay; published: 0.05."""
     decay_all: bool = False
     """Decay norms, biases and tokens too, as the published code does."""
+    grad_clip: float = 0.0
+    """Norm that gradients are clipped to; 0 (published): not clipped."""
+    precision: str = "fp32"
+    """Of matrix products: fp32, bf16, or fp16 with loss scaling (published)."""
     augment: bool = True
     """Flips, axial 90-degree rotations, intensity scale and shift."""
     val_every: int = 100
     """Steps between held-out reconstruction losses and checkpoints."""
+    log_every: int = 10
+    """Steps that a line of metrics.jsonl averages."""
+    preview_epochs: int = 10
+    """Passes over the cases between pictures of held-out reconstructions; 0: none."""
     seed: int = 41
     """Of weights, case order, crops, augmentation and masks."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "datasets", tuple(self.datasets))
         object.__setattr__(self, "window_hu", tuple(self.window_hu))
-        for name in ("steps", "batch_size", "crops_per_case", "val_every"):
+        for name in ("steps", "batch_size", "crops_per_case", "val_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.grad_clip < 0 or self.preview_epochs < 0:
+            raise ValueError(f"grad_clip={self.grad_clip}, preview_epochs={self.preview_epochs} must be at least 0.")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"Unknown precision='{self.precision}'; known: {', '.join(PRECISIONS)}.")
         if not self.window_hu[0] < self.window_hu[1]:
             raise ValueError(f"window_hu={self.window_hu} is empty: the first value must be below the second.")
         if not self.base_lr > 0 or self.weight_decay < 0:
@@ -148,6 +172,41 @@ class RunConfig:
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
         """Inverse of ``to_dict``."""
         return cls(**{**values, "model": ModelConfig(**values["model"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """How a run is computed. It changes results by rounding only, so a run may be continued with another."""
+
+    device: str
+    """cuda, cpu or mps."""
+    num_workers: int = 0
+    """Loader processes of each rank."""
+    accumulate: int = 1
+    """Micro-batches a step, one after the other: less memory."""
+    activation_checkpointing: bool = False
+    """Keep block inputs only and compute the rest again in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile the model."""
+    keep_checkpoints: int = 2
+    """Latest checkpoints on disk."""
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers={self.num_workers} must be at least 0.")
+        if self.accumulate < 1 or self.keep_checkpoints < 1:
+            raise ValueError(
+                f"accumulate={self.accumulate} and keep_checkpoints={self.keep_checkpoints} must be at least 1."
+            )
+
+    def micro_batch(self, batch_size: int, world_size: int) -> int:
+        """Crops of one forward pass. ``ValueError`` if the batch does not divide."""
+        if batch_size % (world_size * self.accumulate):
+            raise ValueError(
+                f"-batch_size {batch_size} does not divide into {world_size} GPUs (processes) × "
+                f"{self.accumulate} accumulated micro-batches (-accumulate)."
+            )
+        return batch_size // (world_size * self.accumulate)
 
 
 def plain(value: Any) -> Any:
@@ -171,13 +230,13 @@ class Preset:
     epochs: int
     """Passes over the cases if neither -steps nor -epochs is given."""
 
-    def model(self, crop_size: Size, in_channels: int, mask_ratio: float) -> ModelConfig:
-        """The preset's model for a crop size and a number of channels."""
+    def model(self, *, crop_size: Size, patch_size: Size, in_channels: int, **choices: Any) -> ModelConfig:
+        """The preset's model for a crop, patch and channels; ``choices`` are further fields of ModelConfig."""
         encoder = {f.name: getattr(self.encoder, f.name) for f in fields(ViTConfig)}
         return ModelConfig(
-            **{**encoder, "in_channels": in_channels},
+            **{**encoder, "in_channels": in_channels, "patch_size": patch_size},
+            **choices,
             img_size=crop_size,
-            mask_ratio=mask_ratio,
             decoder_embed_dim=self.decoder_embed_dim,
             decoder_num_heads=self.decoder_num_heads,
             decoder_self_depth=2,
@@ -197,6 +256,7 @@ PRESETS: dict[str, Preset] = {
         base_lr=1e-3,
         epochs=100,
     ),
+    "small_p12": Preset(encoder=ENCODERS["small_p12"], decoder_embed_dim=192, decoder_num_heads=6, **PUBLISHED),  # type: ignore[arg-type]
     "base_p16": Preset(encoder=ENCODERS["base_p16"], decoder_embed_dim=384, decoder_num_heads=12, **PUBLISHED),  # type: ignore[arg-type]
     "large_p16": Preset(encoder=ENCODERS["large_p16"], decoder_embed_dim=528, decoder_num_heads=16, **PUBLISHED),  # type: ignore[arg-type]
     "large_p12": Preset(encoder=ENCODERS["large_p12"], decoder_embed_dim=528, decoder_num_heads=16, **PUBLISHED),  # type: ignore[arg-type]

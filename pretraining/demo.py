@@ -19,10 +19,11 @@ from matplotlib.figure import Figure
 
 from pretraining.checkpoint import FINAL, load_checkpoint
 from pretraining.config import RunConfig
-from pretraining.corpus import Corpus, DataSet
+from pretraining.corpus import to_canonical
 from pretraining.masking import random_shuffle
 from pretraining.model import HiEndMAE
 from pretraining.phantom import LABELS, write_phantoms
+from pretraining.preprocessed import DataSet, PreprocessedCorpus
 from pretraining.preview import reconstruct
 
 DATASET = "Dataset999_SyntheticTrunk"
@@ -59,7 +60,7 @@ def run_command(command: str, number: int, out: Path, env: dict[str, str]) -> No
     beside = Path(sys.executable).with_name(words[0])  # the same environment's commands, on the PATH or not
     words[0] = str(beside) if beside.exists() else words[0]
     started = time.monotonic()
-    with open(log, "w") as file:
+    with open(log, "w", encoding="utf-8") as file:
         code = subprocess.run(words, env=env, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
     if code:
         end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
@@ -69,7 +70,7 @@ def run_command(command: str, number: int, out: Path, env: dict[str, str]) -> No
 
 def dice_table(summary: Path) -> str:
     """Dice of every organ on the test cases, from nnU-Net's summary.json."""
-    mean = json.loads(summary.read_text())["mean"]
+    mean = json.loads(summary.read_text(encoding="utf-8"))["mean"]
     rows = [f"  {name:<10} {mean[str(label)]['Dice']:.3f}" for name, label in LABELS.items() if label]
     return "\n".join(["  organ      Dice", *rows])
 
@@ -83,11 +84,11 @@ def reconstruct_held_out(out: Path, env: dict[str, str]) -> list[np.ndarray]:
     config = RunConfig.from_dict(checkpoint["config"])
     model = HiEndMAE(config.model)
     model.load_state_dict(checkpoint["network_weights"])
-    corpus = Corpus([DataSet.open(DATASET, config.plans, config.configuration, config.window_hu)])
-    shape, size = corpus.volume(0).shape[1:], config.model.img_size
+    corpus = PreprocessedCorpus([DataSet.open(DATASET, config.plans, config.configuration, config.window_hu)])
+    shape, size = corpus.shape(0), config.model.img_size
     h, w, d = ((edge - n) // 2 for edge, n in zip(shape, size, strict=True))
-    x = torch.from_numpy(corpus.read(0, (h, w, d), size))[None]
-    ids = random_shuffle(np.random.default_rng(0), config.model.num_tokens)[None]
+    x = torch.from_numpy(to_canonical(corpus.read(0, (h, w, d), size), corpus.intensity(0)))[None]
+    ids = torch.from_numpy(random_shuffle(np.random.default_rng(0), config.model.num_tokens))[None]
     seen, rebuilt = reconstruct(model, x, ids)
     return [t[0, 0].numpy() for t in (x, seen, rebuilt)]
 

@@ -35,9 +35,9 @@ def num_visible(num_tokens: int, mask_ratio: float) -> int:
     return int(num_tokens * (1 - mask_ratio))
 
 
-def random_shuffle(rng: np.random.Generator, num_tokens: int) -> Tensor:
+def random_shuffle(rng: np.random.Generator, num_tokens: int) -> np.ndarray:
     """One random order of the tokens, ``(L,)`` int64; its first V entries are the visible ones."""
-    return torch.from_numpy(rng.permutation(num_tokens))
+    return rng.permutation(num_tokens)
 
 
 def random_shuffles(batch: int, num_tokens: int) -> Tensor:
@@ -47,5 +47,7 @@ def random_shuffles(batch: int, num_tokens: int) -> Tensor:
 
 def take_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     """Tokens ``(B or 1, L, D)`` at ``ids`` ``(B, N)``: ``(B, N, D)``."""
-    index = ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
-    return torch.gather(tokens.expand(len(ids), -1, -1), 1, index)
+    batch, length, dim = tokens.shape
+    # Whole rows are copied, which is faster than gather's voxel by voxel.
+    first = torch.arange(batch, device=ids.device).unsqueeze(1) * length
+    return tokens.reshape(-1, dim).index_select(0, (first + ids).flatten()).view(*ids.shape, dim)

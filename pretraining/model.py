@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunetv2_hiendmae.architectures.blocks import Block, CrossAttentionBlock, LayerNorm, init_linear
+from nnunetv2_hiendmae.architectures.blocks import Block, CrossAttentionBlock, LayerNorm, init_linear, last
 from nnunetv2_hiendmae.architectures.pos_embed import sincos_pos_embed
 from nnunetv2_hiendmae.architectures.vit import ViT
 from pretraining.config import ModelConfig
@@ -32,13 +32,18 @@ class HiEndMAEOutput:
 
 
 class Decoder(nn.Module):
-    """Hierarchical dense decoding: self-attention blocks, then one cross-attention block a tap, deep to shallow."""
+    """Hierarchical dense decoding: self-attention blocks, then one cross-attention block a tap, deep to shallow.
+
+    The control ``self_attention`` has one more self-attention block in place of each cross-attention block.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         dim, heads, ratio = config.decoder_embed_dim, config.decoder_num_heads, config.mlp_ratio
-        self.blocks = nn.ModuleList(Block(dim, heads, ratio) for _ in range(config.decoder_self_depth))
-        self.cross_attention_blocks = nn.ModuleList(CrossAttentionBlock(dim, heads, ratio) for _ in config.taps)
+        queried = () if config.decoder == "self_attention" else config.taps
+        self_depth = config.decoder_self_depth + len(config.taps) - len(queried)
+        self.blocks = nn.ModuleList(Block(dim, heads, ratio) for _ in range(self_depth))
+        self.cross_attention_blocks = nn.ModuleList(CrossAttentionBlock(dim, heads, ratio) for _ in queried)
         self.norm = LayerNorm(dim)
         self.head = nn.Linear(dim, config.patch_dim)
         self.apply(init_linear)
@@ -48,13 +53,12 @@ class Decoder(nn.Module):
 
         Only the last ``num_queries`` tokens are followed through the last block: the loss needs no others.
         """
-        for block in self.blocks:
-            x = block(x)
-        pairs = list(zip(self.cross_attention_blocks, reversed(memories), strict=True))
-        for block, memory in pairs[:-1]:
-            x = block(x, memory, x.shape[1])
-        block, memory = pairs[-1]
-        return self.head(self.norm(block(x, memory, num_queries)))
+        layers: list[tuple[nn.Module, tuple[Tensor, ...]]] = [(block, ()) for block in self.blocks]
+        layers += [(b, (m,)) for b, m in zip(self.cross_attention_blocks, reversed(memories), strict=True)]
+        for block, memory in layers[:-1]:
+            x = block(x, *memory)
+        block, memory = layers[-1]
+        return self.head(self.norm(block(x, *memory, num_queries=num_queries)))
 
 
 class HiEndMAE(nn.Module):
@@ -69,7 +73,8 @@ class HiEndMAE(nn.Module):
         dim = config.decoder_embed_dim
         self.encoder = ViT(config.encoder, config.grid, class_token=True)
         # One projection a tap, shallow to deep, and one for the final-normed output, which starts the queries.
-        projections = [nn.Linear(config.embed_dim, dim) for _ in (*config.taps, "final")]
+        queried = () if config.decoder == "self_attention" else config.taps
+        projections = [nn.Linear(config.embed_dim, dim) for _ in (*queried, "final")]
         for linear in projections:
             nn.init.xavier_uniform_(linear.weight)  # the bias keeps torch's default, as published
         self.encoder_to_decoder = nn.ModuleList(projections)
@@ -97,7 +102,7 @@ class HiEndMAE(nn.Module):
         taps, final = self.encode(patches, ids_shuffle)
         pred = self.decode(taps, final, ids_shuffle, 1 + config.num_tokens if return_pred else config.num_masked)
         target = self.target(patches, ids_shuffle)
-        loss = F.mse_loss(pred[:, -config.num_masked :].float(), target)
+        loss = F.mse_loss(last(pred, config.num_masked if return_pred else None).float(), target)
         return HiEndMAEOutput(loss, pred if return_pred else None, ids_shuffle)
 
     def encode(self, patches: Tensor, ids_shuffle: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -109,7 +114,9 @@ class HiEndMAE(nn.Module):
     def decode(self, taps: list[Tensor], final: Tensor, ids_shuffle: Tensor, num_queries: int) -> Tensor:
         """Reconstruct by querying the tapped layers: voxels ``(B, num_queries, P)`` of the last tokens, shuffled."""
         queries = self.decoder_input(final, ids_shuffle)
-        memories = [project(tap) for project, tap in zip(self.encoder_to_decoder[:-1], taps, strict=True)]
+        projections = self.encoder_to_decoder[:-1]
+        sources = taps if self.config.decoder == "hierarchical" else [final] * len(projections)
+        memories = [project(source) for project, source in zip(projections, sources, strict=True)]
         return self.decoder(queries, memories, num_queries)
 
     def decoder_input(self, final: Tensor, ids_shuffle: Tensor) -> Tensor:

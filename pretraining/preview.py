@@ -35,6 +35,22 @@ def plot_progress(entries: list[dict[str, Any]], file: Path) -> None:
     temporary.replace(file)
 
 
+def draw_reconstructions(model: HiEndMAE, x: Tensor, ids_shuffle: Tensor, file: Path) -> None:
+    """A row for each crop ``(B, C, H, W, D)``, middle slice: crop, visible patches, reconstruction, error."""
+    seen, rebuilt = reconstruct(model, x, ids_shuffle)
+    figure = Figure(figsize=(12, 3 * len(x)), layout="constrained")
+    titles = ("held-out crop", "visible", "reconstruction", "absolute error")
+    rows = figure.subplots(len(x), 4, squeeze=False)
+    for row, images in zip(rows, zip(x, seen, rebuilt, (rebuilt - x).abs(), strict=True), strict=True):
+        for axis, image, title in zip(row, images, titles, strict=True):
+            axis.imshow(image[0, image.shape[1] // 2].cpu(), cmap="gray", vmin=0, vmax=1)
+            axis.set_title(title)
+            axis.set_axis_off()
+    temporary = file.with_suffix(".tmp.png")
+    figure.savefig(temporary)
+    temporary.replace(file)
+
+
 @torch.no_grad()
 def reconstruct(model: HiEndMAE, x: Tensor, ids_shuffle: Tensor) -> tuple[Tensor, Tensor]:
     """What the encoder saw and what the decoder made of it.

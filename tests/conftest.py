@@ -43,7 +43,12 @@ class World:
         words = command.split()
         words[0] = str(Path(sys.executable).with_name(words[0]))
         done = subprocess.run(
-            words, env={**self.env, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+            words,
+            env={**self.env, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+            encoding="utf-8",
         )
         assert (done.returncode == 0) == ok, f"{command} → {done.returncode}\n{done.stdout[-4000:]}"
         return done.stdout

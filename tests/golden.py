@@ -45,7 +45,7 @@ def checkpoint(name: str) -> dict[str, Any]:
 
 def settings(name: str) -> dict[str, Any]:
     """The configuration in the authors' words."""
-    return json.loads((FOLDER / f"{name}_meta.json").read_text())["cfg"]
+    return json.loads((FOLDER / f"{name}_meta.json").read_text(encoding="utf-8"))["cfg"]
 
 
 def model_config(name: str) -> ModelConfig:

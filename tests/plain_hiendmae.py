@@ -105,13 +105,16 @@ def forward(p: Params, config: ModelConfig, x: Tensor, ids: Tensor) -> tuple[Ten
     final = norm(p, "encoder.norm", z)
 
     places = position(config.decoder_embed_dim, grid)
-    y = linear(p, f"encoder_to_decoder.{len(config.taps)}", final)
+    start = 0 if config.decoder == "self_attention" else len(config.taps)
+    y = linear(p, f"encoder_to_decoder.{start}", final)
     y = torch.cat([y, p["mask_token"].expand(batch, length - visible, -1)], 1)
     y = torch.stack([torch.cat([y[b, :1], y[b, 1:] + places[ids[b]]]) for b in range(batch)])
-    for i in range(config.decoder_self_depth):
+    plain = config.decoder == "self_attention"
+    for i in range(config.decoder_self_depth + (len(config.taps) if plain else 0)):
         y = block(p, f"decoder.blocks.{i}", y, config.decoder_num_heads)
-    for i, tap in enumerate(range(len(config.taps) - 1, -1, -1)):
-        memory = linear(p, f"encoder_to_decoder.{tap}", layers[config.taps[tap]])
+    for i, tap in enumerate([] if plain else range(len(config.taps) - 1, -1, -1)):
+        source = layers[config.taps[tap]] if config.decoder == "hierarchical" else final
+        memory = linear(p, f"encoder_to_decoder.{tap}", source)
         y = cross_block(p, f"decoder.cross_attention_blocks.{i}", y, memory, config.decoder_num_heads)
     pred = linear(p, "decoder.head", norm(p, "decoder.norm", y))
 

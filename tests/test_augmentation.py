@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
+import itertools
 
-from pretraining.augmentation import Augmentation, rotation_plane
+import numpy as np
+import pytest
+import torch
+
+from pretraining.augmentation import Augmentation, orient_crops, rotation_plane
+from pretraining.stream import canonical_crops
 
 
 def test_rotation_off_the_cube_gives_the_crop_size() -> None:
@@ -12,16 +17,53 @@ def test_rotation_off_the_cube_gives_the_crop_size() -> None:
     draw = Augmentation(quarter_turns=1, plane=(1, 2))
     assert draw.size_to_read(size) == (4, 10, 6)
     crop = np.random.default_rng(0).random((2, *draw.size_to_read(size)), np.float32)
-    rotated = draw.apply(crop)
+    rotated = moved(draw, crop)
     assert rotated.shape == (2, *size)
     # One quarter turn takes the last column to the first row.
     np.testing.assert_array_equal(rotated[:, :, 0, :], crop[:, :, :, -1])
 
 
-def test_flips_and_intensities() -> None:
-    crop = np.random.default_rng(0).random((1, 3, 4, 5), np.float32)
-    changed = Augmentation(flips=(True, False, True), scale=1.1, shift=-0.05).apply(crop)
-    np.testing.assert_allclose(changed, crop[:, ::-1, :, ::-1] * 1.1 - 0.05, rtol=1e-6)
+def moved(draw: Augmentation, crop: np.ndarray) -> np.ndarray:
+    """Both parts of a draw, the loader's and the device's."""
+    crop, exchange = draw.exchange_in_loader(crop)
+    flips = torch.tensor([draw.flips_afterwards])
+    return orient_crops(torch.from_numpy(crop)[None], torch.tensor([exchange]), flips)[0].numpy()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8, np.int16])
+def test_every_draw_moves_like_numpy(dtype: type) -> None:
+    crop = np.arange(2 * 4 * 4 * 4).reshape(2, 4, 4, 4).astype(dtype)
+    for flips in itertools.product((False, True), repeat=3):
+        for turns, plane in itertools.product(range(4), [(0, 1), (0, 2), (1, 2)]):
+            flipped = np.flip(crop, [axis + 1 for axis in range(3) if flips[axis]])
+            expected = np.rot90(flipped, turns, (plane[0] + 1, plane[1] + 1))
+            draw = Augmentation(flips=flips, quarter_turns=turns, plane=plane)
+            np.testing.assert_array_equal(moved(draw, crop), expected)
+
+
+def test_a_batch_is_flipped_crop_by_crop() -> None:
+    flips = torch.tensor(list(itertools.product((False, True), repeat=3)))
+    image = torch.arange(8 * 24).reshape(8, 1, 2, 3, 4)
+    oriented = orient_crops(image, torch.zeros(8, dtype=torch.int64), flips)
+    for one, flip, result in zip(image, flips, oriented, strict=True):
+        assert torch.equal(result, one.flip([axis + 1 for axis in range(3) if flip[axis]]))
+    assert torch.equal(image.flatten(), torch.arange(8 * 24))
+
+
+def test_intensities_change_after_the_window_is_clipped() -> None:
+    batch = {
+        "image": torch.tensor([0, 128, 255], dtype=torch.uint8).reshape(1, 1, 1, 1, 3),
+        "intensity": torch.tensor([[[2 / 255, -0.5]]]),
+        "exchange": torch.zeros(1, dtype=torch.int64),
+        "flips": torch.zeros(1, 3, dtype=torch.bool),
+        "jitter": torch.tensor([[1.1, -0.05]]),
+    }
+    before = batch["image"].clone()
+    seen = canonical_crops(batch, torch.device("cpu")).flatten().tolist()
+    assert seen == pytest.approx([-0.05, (256 / 255 - 0.5) * 1.1 - 0.05, 1.05], abs=1e-6)
+    stored = {**batch, "image": before.float()}
+    assert canonical_crops(stored, torch.device("cpu")).flatten().tolist() == pytest.approx(seen)
+    assert torch.equal(stored["image"], before.float())
 
 
 def test_draws_have_the_published_frequencies_and_replay() -> None:

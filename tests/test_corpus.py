@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +14,21 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from torch.utils.data import DataLoader
 
 from pretraining.config import PRESETS, RunConfig
-from pretraining.corpus import Corpus, DataSet
-from pretraining.stream import CropStream, Steps, split_cases, steps_of_epochs, train_loader
+from pretraining.corpus import choose_start, to_canonical
+from pretraining.preprocessed import DataSet, PreprocessedCorpus, keep
+from pretraining.stream import CropStream, MicroBatches, split_cases, steps_of_epochs, train_loader
+
+Size = tuple[int, int, int]
 
 WINDOW = (-175.0, 250.0)
 CROP = (24, 32, 40)
 
 
 @pytest.fixture
-def corpus(world: World, monkeypatch: pytest.MonkeyPatch) -> Corpus:
+def corpus(world: World, monkeypatch: pytest.MonkeyPatch) -> PreprocessedCorpus:
     for kind in ("raw", "preprocessed", "results"):
         monkeypatch.setenv(f"nnUNet_{kind}", str(world.root / kind))
-    return Corpus([DataSet.open("901", "nnUNetPlans", "3d_fullres", WINDOW)])
+    return PreprocessedCorpus([DataSet.open("901", "nnUNetPlans", "3d_fullres", WINDOW)])
 
 
 @pytest.fixture
@@ -32,54 +37,60 @@ def config() -> RunConfig:
         datasets=(DATASET,),
         plans="nnUNetPlans",
         configuration="3d_fullres",
-        model=PRESETS["tiny"].model(CROP, 1, 0.75),
+        model=PRESETS["tiny"].model(crop_size=CROP, patch_size=(8, 8, 8), in_channels=1, mask_ratio=0.75),
         steps=5,
         batch_size=3,
         crops_per_case=2,
     )
 
 
-def test_values_are_canonical_hu(world: World, corpus: Corpus) -> None:
+def canonical(corpus: PreprocessedCorpus, case: int, start: Size, size: Size) -> np.ndarray:
+    return to_canonical(corpus.read(case, start, size), corpus.intensity(case))
+
+
+def test_values_are_canonical_hu(world: World, corpus: PreprocessedCorpus) -> None:
     """The phantoms are not resampled, so what is read must be the raw HU in the window, up to the plan's clip."""
-    raw = world.root / "raw" / DATASET / "imagesTr" / f"{corpus.datasets[0].cases[2]}_0000.nii.gz"
+    raw = world.root / "raw" / DATASET / "imagesTr" / f"{corpus.sources[0].cases[2]}_0000.nii.gz"
     hu = SimpleITKIO().read_images([str(raw)])[0]  # (1, z, y, x)
-    shape = corpus.volume(2).shape[1:]
-    low, high = corpus.datasets[0].channels[0].clip_hu
+    shape = corpus.shape(2)
+    low, high = corpus.sources[0].channels[0].clip_hu
     expected = (np.clip(hu, max(low, WINDOW[0]), min(high, WINDOW[1])) - WINDOW[0]) / 425
     assert corpus.datasets[0].spacing == (8.0, 6.0, 6.0)
-    np.testing.assert_allclose(corpus.read(2, (0, 0, 0), shape), expected, atol=1e-5)
+    np.testing.assert_allclose(canonical(corpus, 2, (0, 0, 0), shape), expected, atol=1e-5)
 
 
-def test_crop_beyond_the_volume_is_padded_with_air(corpus: Corpus) -> None:
-    h, w, d = corpus.volume(0).shape[1:]
-    crop = corpus.read(0, (-2, 3, -1), (h + 5, w - 3, d + 4))
-    np.testing.assert_array_equal(crop[:, 2 : h + 2, :, 1 : d + 1], corpus.read(0, (0, 3, 0), (h, w - 3, d)))
-    assert np.all(crop[:, :2] == np.float32(corpus.datasets[0].channels[0].air))
+def test_crop_beyond_the_volume_is_padded_with_air(corpus: PreprocessedCorpus) -> None:
+    h, w, d = corpus.shape(0)
+    crop = canonical(corpus, 0, (-2, 3, -1), (h + 5, w - 3, d + 4))
+    np.testing.assert_array_equal(crop[:, 2 : h + 2, :, 1 : d + 1], canonical(corpus, 0, (0, 3, 0), (h, w - 3, d)))
+    np.testing.assert_allclose(crop[:, :2], corpus.sources[0].channels[0].air, atol=1e-6)
 
 
-def test_starts_lie_inside_and_on_tissue(corpus: Corpus) -> None:
-    rng, shape = np.random.default_rng(0), corpus.volume(1).shape[1:]
-    starts = np.array([corpus.choose_start(rng, 1, (8, 8, 8), 1.0) for _ in range(300)])
+def test_starts_lie_inside_and_on_tissue(corpus: PreprocessedCorpus) -> None:
+    rng, shape = np.random.default_rng(0), corpus.shape(1)
+    starts = np.array([choose_start(corpus, rng, 1, (8, 8, 8), 1.0) for _ in range(300)])
     assert (starts >= 0).all() and (starts + 8 <= shape).all()
-    anywhere = [corpus.choose_start(rng, 1, (8, 8, 8), 0.0) for _ in range(300)]
-    threshold = corpus.datasets[0].channels[0].air + 0.01
-    share = [[(corpus.read(1, tuple(s), (8, 8, 8)) > threshold).mean() for s in many] for many in (starts, anywhere)]
+    anywhere = [choose_start(corpus, rng, 1, (8, 8, 8), 0.0) for _ in range(300)]
+    threshold = corpus.sources[0].channels[0].air + 0.01
+    share = [
+        [(canonical(corpus, 1, tuple(s), (8, 8, 8)) > threshold).mean() for s in many] for many in (starts, anywhere)
+    ]
     assert np.mean(share[0]) > np.mean(share[1]) + 0.1
     assert min(share[0]) > 0 == min(share[1])
-    big = corpus.choose_start(rng, 1, (shape[0] + 6, 8, 8), 1.0)
+    big = choose_start(corpus, rng, 1, (shape[0] + 6, 8, 8), 1.0)
     assert -6 <= big[0] <= 0
 
 
-def test_crops_do_not_depend_on_workers(corpus: Corpus, config: RunConfig) -> None:
+def test_crops_do_not_depend_on_workers(corpus: PreprocessedCorpus, config: RunConfig) -> None:
     stream = CropStream(corpus, config, split_cases(corpus, 41)[0])
-    alone = [batch["image"] for batch in DataLoader(stream, batch_sampler=Steps(0, 5, 3))]
-    workers = list(train_loader(stream, 2, num_workers=2, pin_memory=False))
+    alone = [batch["image"] for batch in DataLoader(stream, batch_sampler=MicroBatches(0, 5, 3))]
+    workers = list(train_loader(stream, MicroBatches(2, 5, 3), num_workers=2, pin_memory=False))
     assert len(workers) == 3 and alone[0].shape == (3, 1, *CROP)
     for expected, batch in zip(alone[2:], workers, strict=True):
         assert torch.equal(expected, batch["image"])
 
 
-def test_cases_alternate_in_passes(corpus: Corpus, config: RunConfig) -> None:
+def test_cases_alternate_in_passes(corpus: PreprocessedCorpus, config: RunConfig) -> None:
     cases = split_cases(corpus, 41)[0]
     stream = CropStream(corpus, config, cases)
     seen = [int(stream[i]["case"]) for i in range(4 * len(cases))]
@@ -87,17 +98,30 @@ def test_cases_alternate_in_passes(corpus: Corpus, config: RunConfig) -> None:
     passes = [seen[: 2 * len(cases) : 2], seen[2 * len(cases) :: 2]]
     assert sorted(passes[0]) == sorted(passes[1]) == cases
     assert passes[0] != passes[1]
-    assert not torch.equal(stream[0]["ids_shuffle"], stream[1]["ids_shuffle"])
+    assert not np.array_equal(stream[0]["ids_shuffle"], stream[1]["ids_shuffle"])
 
 
-def test_split_and_steps(corpus: Corpus) -> None:
+def test_split_and_steps(corpus: PreprocessedCorpus) -> None:
     train, held_out = split_cases(corpus, 41)
     assert sorted(train + held_out) == list(range(6)) and len(held_out) == 1
     assert steps_of_epochs(1000, 9600, 768, 8) == 100_000
 
 
-def test_damaged_volume_is_named(corpus: Corpus, tmp_path: Path) -> None:
+def test_damaged_volume_is_named(corpus: PreprocessedCorpus, tmp_path: Path) -> None:
     (tmp_path / "broken.b2nd").write_bytes(b"not a volume")
-    broken = Corpus([DataSet("Dataset902_Broken", tmp_path, ("broken",), (1, 1, 1), corpus.datasets[0].channels, None)])
+    source = replace(corpus.sources[0], name="Dataset902_Broken", folder=tmp_path, cases=("broken",))
+    broken = PreprocessedCorpus([source])
     with pytest.raises(ValueError, match=r"Cannot read .*broken\.b2nd"):
         broken.read(0, (0, 0, 0), (8, 8, 8))
+
+
+def test_processes_that_meet_at_a_case_leave_a_whole_body_map(corpus: PreprocessedCorpus, tmp_path: Path) -> None:
+    cells = corpus.body_cells(0)
+    file = tmp_path / "body" / "case.npy"
+    with ProcessPoolExecutor(4) as pool:
+        jobs = [pool.submit(keep, np.repeat(cells, 50_000, axis=0), file) for _ in range(40)]
+        while not all(job.done() for job in jobs):
+            if file.is_file():
+                assert len(np.load(file)) == 50_000 * len(cells)
+        assert all(job.exception() is None for job in jobs)
+    assert [f.name for f in file.parent.iterdir()] == ["case.npy"]

@@ -57,7 +57,7 @@ def test_ext_trainer_door_gives_the_same_class() -> None:
 
 def test_using_weights_never_imports_making_them() -> None:
     for file in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not any(name.split(".")[0] == "pretraining" for name in names), file
@@ -66,5 +66,5 @@ def test_using_weights_never_imports_making_them() -> None:
 def test_package_imports_where_pretraining_is_absent() -> None:
     modules = [".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts) for p in PACKAGE.rglob("*.py")]
     code = f"import sys; sys.modules['pretraining'] = None\nfor m in {modules!r}: __import__(m)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr

@@ -30,7 +30,7 @@ def test_visible_count_is_the_published_floor() -> None:
 
 
 def test_shuffle_and_take() -> None:
-    ids = random_shuffle(np.random.default_rng(3), 11)
+    ids = torch.from_numpy(random_shuffle(np.random.default_rng(3), 11))
     assert sorted(ids.tolist()) == list(range(11))
     tokens = torch.randn(1, 11, 4)
     taken = take_tokens(tokens, torch.stack([ids[:5], ids[5:10]]))

@@ -40,6 +40,8 @@ CONFIGS = {
     ),
     "narrow MLP, little masked": replace(BASE, mlp_ratio=1.5, mask_ratio=0.1),
     "one visible token": replace(BASE, mask_ratio=0.95),
+    "control: last layer": replace(BASE, decoder="last_layer"),
+    "control: plain MAE": replace(BASE, decoder="self_attention"),
 }  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def ct_pet(tmp_path_factory: pytest.TempPathFactory) -> World:
         pet.write_bytes(file.read_bytes())
         rewrite(pet, lambda hu: (np.clip(hu, 0, 300) * 10).astype(np.float32))
     regions = {"background": 0, "organs": [1, 2, 4], "kidneys": 2, "spine": 3, "ignore": len(LABELS)}
-    description = json.loads((folder / "dataset.json").read_text())
+    description = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     description |= {"channel_names": {"0": "CT", "1": "PET"}, "labels": regions, "regions_class_order": [1, 2, 3]}
     (folder / "dataset.json").write_text(json.dumps(description))
     world.run("nnUNetv2_plan_and_preprocess -d 902 -c 3d_fullres -np 1")
@@ -70,7 +70,7 @@ def test_pretraining_refuses_channels_without_hu(ct_pet: World) -> None:
 def test_cascade(world: World, pretrained: Path) -> None:
     """3d_lowres on all cases, whose predictions then feed 3d_cascade_fullres."""
     folder = world.root / "preprocessed" / "Dataset901_TestPhantom"
-    plans = json.loads((folder / "nnUNetPlans.json").read_text())
+    plans = json.loads((folder / "nnUNetPlans.json").read_text(encoding="utf-8"))
     full = plans["configurations"]["3d_fullres"]
     low = {**full, "data_identifier": "nnUNetPlansCascade_3d_lowres", "spacing": [s * 1.3 for s in full["spacing"]]}
     plans["plans_name"] = "nnUNetPlansCascade"

@@ -32,19 +32,24 @@ def trained(world: World, pretrained: Path) -> World:
 
 
 def test_results_say_how_they_were_made(trained: World, pretrained: Path) -> None:
-    block = json.loads((results(trained) / "plans.json").read_text())["configurations"]["3d_fullres"]["hiendmae"]
+    block = json.loads((results(trained) / "plans.json").read_text(encoding="utf-8"))["configurations"]["3d_fullres"][
+        "hiendmae"
+    ]
     weights = load_weights(pretrained)
     assert block["architecture"] == weights.header["architecture"]
     assert block["weights_sha256"] == weights.sha256
     assert (block["num_epochs"], block["feature_size"], block["window_hu"]) == (2, 4, [-175.0, 250.0])
-    assert json.loads((results(trained) / "fold_0" / "validation" / "summary.json").read_text())["foreground_mean"]
+    assert json.loads((results(trained) / "fold_0" / "validation" / "summary.json").read_text(encoding="utf-8"))[
+        "foreground_mean"
+    ]
 
 
 def test_continue_validate_predict_without_weights(trained: World, pretrained: Path) -> None:
     """``--c``, ``--val`` and predict with the weights file moved away and no variable but nnU-Net's three."""
     fold = results(trained) / "fold_0"
-    hidden = pretrained.with_name("moved_away")
-    pretrained.rename(hidden)
+    every = list((trained.root / "results").rglob(pretrained.name))  # other tests pre-train too
+    for file in every:
+        file.rename(file.with_name("moved_away"))
     try:
         trained.run(f"hiendmae_plan -d 901 {SHORT.replace('--epochs 2', '--epochs 3')}")
         shutil.copy(fold / "checkpoint_final.pth", fold / "checkpoint_latest.pth")
@@ -62,7 +67,8 @@ def test_continue_validate_predict_without_weights(trained: World, pretrained: P
         log = trained.run(TRAIN.format(fold=1), ok=False)
         assert "No Hi-End-MAE weights found" in log and "Traceback" not in log
     finally:
-        hidden.rename(pretrained)
+        for file in every:
+            file.with_name("moved_away").rename(file)
 
 
 def test_fold_all_and_weights_from_the_environment(trained: World, pretrained: Path, tmp_path: Path) -> None:
@@ -117,7 +123,7 @@ def test_2d_configuration_is_refused(world: World, pretrained: Path) -> None:
 
 
 def test_readme_tree_names_every_file() -> None:
-    readme = (CHECKOUT / "README.md").read_text()
+    readme = (CHECKOUT / "README.md").read_text(encoding="utf-8")
     files = [p for folder in ("nnunetv2_hiendmae", "pretraining") for p in (CHECKOUT / folder).rglob("*.py")]
     missing = [p.name for p in files if p.name != "__init__.py" and p.name not in readme]
     assert not missing

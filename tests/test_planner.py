@@ -77,11 +77,11 @@ def test_nnunets_own_command(folders):
     command = Path(sys.executable).with_name("nnUNetv2_plan_and_preprocess")
     arguments = ["-d", "917", "-pl", "HiEndMAEPlanner", "-c", "3d_fullres", "-np", "1", "-npfp", "1"]
     result = subprocess.run(
-        [str(command), *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        [str(command), *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, encoding="utf-8"
     )
     assert result.returncode == 0, result.stderr
 
-    plans = json.loads((preprocessed / DATASET / "HiEndMAEPlans.json").read_text())
+    plans = json.loads((preprocessed / DATASET / "HiEndMAEPlans.json").read_text(encoding="utf-8"))
     assert plans["experiment_planner_used"] == "HiEndMAEPlanner"
     assert list(plans["configurations"]) == ["3d_fullres"]
     configuration = plans["configurations"]["3d_fullres"]

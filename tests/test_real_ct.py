@@ -24,13 +24,13 @@ def link(world: World, dataset: str, cases: int) -> Path:
         (target / "imagesTr" / image.name).symlink_to(image)
         label = image.name.replace("_0000.", ".")
         (target / "labelsTr" / label).symlink_to(source / "labelsTr" / label)
-    description = json.loads((source / "dataset.json").read_text())
+    description = json.loads((source / "dataset.json").read_text(encoding="utf-8"))
     (target / "dataset.json").write_text(json.dumps({**description, "numTraining": len(images)}))
     return world.root / "preprocessed" / dataset
 
 
 def plans_of(folder: Path, name: str) -> dict:
-    return json.loads((folder / f"{name}.json").read_text())["configurations"]["3d_fullres"]
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["configurations"]["3d_fullres"]
 
 
 def train_and_predict(world: World, dataset: str, fold: str, plans: str, **env: str) -> str:

@@ -74,7 +74,7 @@ def build(name: str, eps: float) -> HiEndMAEUNETR:
         if isinstance(module, LayerNorm):
             module.eps = eps
     pretrained = golden.checkpoint(name)["state_dict"]
-    keys = json.loads((golden.FOLDER / f"{name}_unetr_keys.json").read_text())
+    keys = json.loads((golden.FOLDER / f"{name}_unetr_keys.json").read_text(encoding="utf-8"))
     theirs = {key: pretrained[source] for key, (source,) in keys["unetr_key_from_ckpt_key"].items()}
     theirs |= torch.load(golden.FOLDER / f"{name}_unetr_rest.pth", weights_only=True)
     assert sorted(theirs) == sorted(keys["all_unetr_keys"])

@@ -48,7 +48,7 @@ class SelfAttention(Attention):
         if num_queries is None or num_queries == x.shape[1]:
             return self.attend(*self.qkv(x).chunk(3, dim=-1))
         dim = x.shape[-1]
-        q = F.linear(x[:, -num_queries:], self.qkv.weight[:dim], self.qkv.bias[:dim])
+        q = F.linear(last(x, num_queries), self.qkv.weight[:dim], self.qkv.bias[:dim])
         kv = F.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:])
         return self.attend(q, *kv.chunk(2, dim=-1))
 
@@ -88,8 +88,9 @@ class Block(nn.Module):
         self.mlp = MLP(dim, mlp_ratio)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
+        """Tokens ``(B, N, D)`` to the last ``num_queries`` of them, by default all, updated."""
+        x = last(x, num_queries) + self.drop_path(self.attn(self.norm1(x), num_queries))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -105,11 +106,16 @@ class CrossAttentionBlock(nn.Module):
         self.norm2 = LayerNorm(dim)
         self.mlp = MLP(dim, mlp_ratio)
 
-    def forward(self, x: Tensor, memory: Tensor, num_queries: int) -> Tensor:
-        """Tokens ``(B, N, D)`` and memory ``(B, Nm, D)`` to the last ``num_queries`` tokens, updated."""
-        x = x[:, -num_queries:] + self.self_attn(self.norm0(x), num_queries)
+    def forward(self, x: Tensor, memory: Tensor, num_queries: int | None = None) -> Tensor:
+        """Tokens ``(B, N, D)`` and memory ``(B, Nm, D)`` to the last ``num_queries`` tokens, by default all."""
+        x = last(x, num_queries) + self.self_attn(self.norm0(x), num_queries)
         x = x + self.cross_attn(self.norm1(x), memory)
         return x + self.mlp(self.norm2(x))
+
+
+def last(x: Tensor, num_queries: int | None) -> Tensor:
+    """The last ``num_queries`` tokens of ``(B, N, D)``; all, without a copy in the backward pass, if None."""
+    return x if num_queries is None else x[:, -num_queries:]
 
 
 def init_linear(module: nn.Module) -> None:

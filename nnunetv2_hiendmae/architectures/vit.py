@@ -60,9 +60,11 @@ class ViTConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
-# Encoders by name. base and large are the published ones (their names promise the patch size); tiny trains on a CPU.
+# Encoders by name. base and large are the published ones (their names promise the patch size); small fits a small GPU,
+# tiny trains on a CPU.
 ENCODERS: dict[str, ViTConfig] = {
     "tiny": ViTConfig(patch_size=(8, 8, 8), embed_dim=192, depth=12, num_heads=6),
+    "small_p12": ViTConfig(patch_size=(12, 12, 12), embed_dim=384, depth=12, num_heads=6),
     "base_p16": ViTConfig(patch_size=(16, 16, 16), embed_dim=768, depth=12, num_heads=12),
     "large_p16": ViTConfig(patch_size=(16, 16, 16), embed_dim=1536, depth=12, num_heads=16),
     "large_p12": ViTConfig(patch_size=(12, 12, 12), embed_dim=1536, depth=12, num_heads=16),

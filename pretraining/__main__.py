@@ -1,0 +1,5 @@
+"""``python -m pretraining``, for torchrun."""
+
+from pretraining.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""From a heap of scans to an nnU-Net raw data set."""

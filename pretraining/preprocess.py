@@ -1,0 +1,295 @@
+"""nnU-Net's fingerprint, plans and preprocessed volumes for data sets without labels.
+
+Reading, cropping, normalising, resampling and writing are nnU-Net's; only what needs a label is replaced: the
+fingerprint takes its intensities from the body instead of the foreground. Labels, where present, are ignored.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+from nnunetv2_hiendmae.folders import raw_folder
+from nnunetv2_hiendmae.planner import HiEndMAEPlanner
+from pretraining.ingest.quality import content_hash
+from pretraining.ingest.read import Refused, check_nifti
+from pretraining.provenance import record_case
+
+CONFIGURATION = "3d_fullres"
+FINGERPRINT_CASES = 500
+"""Cases, drawn by a fixed seed, that the fingerprint looks at: medians need no more."""
+BODY_HU = -500
+UNFINISHED = "unfinished"
+FINGERPRINT = "hiendmae_fingerprint.json"
+"""Kept apart from nnU-Net's own, whose intensities are those of labelled voxels."""
+
+Images = dict[str, list[str]]
+Spacing = str | tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A case that could not be used."""
+
+    case: str
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class RawDataSet:
+    """A raw data set and the image files of each training case, one a channel."""
+
+    folder: Path
+    description: dict[str, Any]
+    """dataset.json without its list of files."""
+    images: Images
+
+    @classmethod
+    def open(cls, dataset: str) -> RawDataSet:
+        """One pass over the folder.
+
+        Raises:
+            ValueError: no such data set, no dataset.json, or no images.
+        """
+        folder = raw_folder(dataset)
+        if not (folder / "dataset.json").is_file():
+            raise ValueError(f"{folder / 'dataset.json'} does not exist; nnU-Net describes a data set there.")
+        description = load_json(str(folder / "dataset.json"))
+        if "dataset" in description:
+            found = get_filenames_of_train_images_and_targets(str(folder), description)
+            del description["dataset"]
+            return cls(folder, description, {case: found[case]["images"] for case in sorted(found)})
+        pattern = re.compile(r"(.+)_\d{4}" + re.escape(description["file_ending"]))
+        images: Images = {}
+        for name in sorted(os.listdir(folder / "imagesTr")) if (folder / "imagesTr").is_dir() else []:
+            match = pattern.fullmatch(name)
+            if match:
+                images.setdefault(match[1], []).append(str(folder / "imagesTr" / name))
+        if not images:
+            raise ValueError(f"{folder / 'imagesTr'} holds no images named CASE_0000{description['file_ending']}.")
+        return cls(folder, description, images)
+
+    @property
+    def is_labelled(self) -> bool:
+        return (self.folder / "labelsTr").is_dir()
+
+
+def fingerprint_case(files: list[str], reader: Any) -> dict[str, Any]:
+    """Shape after nnU-Net's crop, spacing, and intensities of the body."""
+    image, properties = reader().read_images(files)
+    cropped, _, _ = crop_to_nonzero(image)
+    channels = [channel[channel > BODY_HU] for channel in cropped]
+    channels = [values if values.size else whole.ravel() for values, whole in zip(channels, cropped, strict=True)]
+    return {
+        "shape": [int(n) for n in cropped.shape[1:]],
+        "spacing": [float(s) for s in properties["spacing"]],
+        "relative_size": float(np.prod(cropped.shape[1:]) / np.prod(image.shape[1:])),
+        "channels": [
+            {
+                "mean": float(v.mean()), "std": float(v.std()), "min": float(v.min()), "max": float(v.max()),
+                **dict(zip(("percentile_00_5", "median", "percentile_99_5"), np.percentile(v, (0.5, 50, 99.5)).tolist(), strict=True)),  # noqa: E501
+            }
+            for v in channels
+        ],
+    }  # fmt: skip
+
+
+def find_fingerprint(raw: RawDataSet, output: Path, processes: int) -> tuple[dict[str, Any], list[Failure]]:
+    """The data set's fingerprint, from an earlier call or made now, and the cases that could not be read for it.
+
+    Raises:
+        ValueError: no case could be read.
+    """
+    if (output / FINGERPRINT).is_file():
+        return load_json(str(output / FINGERPRINT)), []
+    reader = determine_reader_writer_from_dataset_json(raw.description, next(iter(raw.images.values()))[0])
+    order = np.random.default_rng(0).permutation(list(raw.images))[:FINGERPRINT_CASES].tolist()
+    results, failures = [], []
+    for case, result in in_processes(fingerprint_case, {c: (raw.images[c], reader) for c in order}, processes):
+        if isinstance(result, str):
+            failures.append(Failure(case, raw.images[case][0], result))
+        else:
+            results.append(result)
+    if not results:
+        first = failures[0]
+        raise ValueError(f"No case of {raw.folder.name} could be read; the first: {first.file}: {first.reason}.")
+    output.mkdir(parents=True, exist_ok=True)
+    fingerprint = merge_fingerprints(results)
+    save_json(fingerprint, str(output / FINGERPRINT))
+    return fingerprint, failures
+
+
+def make_plans(raw: RawDataSet, plans_file: Path, spacing: Spacing, processes: int) -> list[Failure]:
+    """Write plans, or keep those that are there; returns the cases that could not be read.
+
+    ``spacing`` is in mm in nnU-Net's axis order, or "median"; None keeps that of existing plans, else means 1.5 mm.
+
+    Raises:
+        ValueError: no case could be read, or existing plans have another spacing.
+    """
+    output = plans_file.parent
+    fingerprint, failures = find_fingerprint(raw, output, processes)
+    wanted = np.median(fingerprint["spacings"], 0) if spacing == "median" else spacing
+    if plans_file.is_file():
+        made = plan_spacing(plans_file)
+        if wanted is not None and not np.allclose(made, wanted, atol=1e-3):
+            asked = " ".join(f"{float(mm):g}" for mm in wanted)
+            raise ValueError(
+                f"{plans_file} was made for a spacing of {' '.join(f'{mm:g}' for mm in made)} mm, not {asked}; one "
+                f"folder must not mix them. Choose another name with -p, or leave -spacing out."
+            )
+        return failures
+    save_json(raw.description, str(output / "dataset.json"), sort_keys=False)
+    nnunets = output / "dataset_fingerprint.json"
+    borrowed = not nnunets.is_file()
+    if borrowed:
+        save_json(fingerprint, str(nnunets))
+    planner = HiEndMAEPlanner(
+        output.name,
+        plans_name=plans_file.stem,
+        overwrite_target_spacing=None if wanted is None else tuple(float(mm) for mm in wanted),
+    )
+    with redirect_stdout(StringIO()):  # nnU-Net prints whole plans
+        planner.plan_experiment()
+    if borrowed and raw.is_labelled:
+        nnunets.unlink()  # nnU-Net must make its own, of intensities in the foreground
+    return failures
+
+
+def plan_spacing(plans_file: Path) -> list[float]:
+    """Spacing of the plans in mm, in the axis order of the images."""
+    plans = load_json(str(plans_file))
+    spacing = plans["configurations"][CONFIGURATION]["spacing"]
+    return [float(spacing[axis]) for axis in plans["transpose_backward"]]
+
+
+def merge_fingerprints(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """nnU-Net's dataset_fingerprint.json; of intensities, medians over the cases of each case's statistics."""
+    names = results[0]["channels"][0]
+    merge = {"min": np.min, "max": np.max}
+    return {
+        "spacings": [r["spacing"] for r in results],
+        "shapes_after_crop": [r["shape"] for r in results],
+        "foreground_intensity_properties_per_channel": {
+            str(i): {n: float(merge.get(n, np.median)([r["channels"][i][n] for r in results])) for n in names}
+            for i in range(len(results[0]["channels"]))
+        },
+        "median_relative_size_after_cropping": float(np.median([r["relative_size"] for r in results])),
+    }
+
+
+def preprocess(raw: RawDataSet, plans_file: Path, processes: int, part: tuple[int, int]) -> Iterator[Failure | str]:
+    """Preprocess the cases of one part that are not done; yields each case's name, or what went wrong with it.
+
+    ``part`` is (part_id, num_parts). A case appears under its name when it is complete.
+    """
+    plans = PlansManager(load_json(str(plans_file)))
+    folder = volume_folder(plans_file)
+    (folder / UNFINISHED).mkdir(parents=True, exist_ok=True)
+    part_id, num_parts = part
+    mine = list(raw.images)[part_id::num_parts]
+    settings = plans.plans, raw.description, str(folder)
+    todo = {case: (case, raw.images[case], *settings) for case in mine if not is_done(folder, case)}
+    yield from (case for case in mine if case not in todo)
+    for case, result in in_processes(preprocess_case, todo, processes):
+        if isinstance(result, str):
+            yield Failure(case, raw.images[case][0], result)
+        else:
+            record_case(plans_file.parent, part_id, result)
+            yield case
+
+
+def volume_folder(plans_file: Path) -> Path:
+    """Where the volumes of plans by ``HiEndMAEPlanner`` are."""
+    return plans_file.parent / f"{plans_file.stem}_{CONFIGURATION}"
+
+
+def is_done(folder: Path, case: str) -> bool:
+    """Whether a case was preprocessed before and its files can be opened."""
+    files = [folder / f"{case}{end}" for end in (".b2nd", "_seg.b2nd", ".pkl")]
+    if not all(f.is_file() and f.stat().st_size for f in files):
+        return False
+    try:
+        shapes = {blosc2.open(urlpath=str(f), mode="r").shape[1:] for f in files[:2]}
+    except (RuntimeError, OSError, ValueError):
+        return False
+    return len(shapes) == 1
+
+
+def preprocess_case(
+    case: str, files: list[str], plans: dict[str, Any], description: dict[str, Any], folder: str
+) -> dict[str, Any]:
+    """nnU-Net's preprocessing of one case without a label; returns what provenance keeps of it."""
+    manager = PlansManager(plans)
+    configuration = manager.get_configuration(CONFIGURATION)
+    preprocessor = configuration.preprocessor_class(verbose=False)
+    for file in files:
+        if file.lower().endswith((".nii", ".nii.gz")):
+            check_nifti(file)
+    image, properties = manager.image_reader_writer_class().read_images(files)
+    if not np.isfinite(image).all():
+        raise ValueError("NaN or infinite voxels")
+    digest = content_hash(image[0])
+    data, seg, properties = preprocessor.run_case_npy(image, None, properties, manager, configuration, description)
+    unfinished, target = Path(folder) / UNFINISHED / case, Path(folder) / case
+    for end in (".b2nd", "_seg.b2nd", ".pkl"):
+        Path(f"{unfinished}{end}").unlink(missing_ok=True)
+    preprocessor.run_case = lambda *_: (data, seg, properties)
+    preprocessor.run_case_save(str(unfinished), files, None, manager, configuration, description)
+    for end in ("_seg.b2nd", ".pkl", ".b2nd"):  # the volume last: its name is what makes a case count
+        os.replace(f"{unfinished}{end}", f"{target}{end}")
+    return {"case": case, "sha256": digest, "spacing": [float(s) for s in properties["spacing"]]}
+
+
+def in_processes(
+    function: Callable[..., Any], tasks: dict[str, tuple[Any, ...]], processes: int
+) -> Iterator[tuple[str, Any]]:
+    """``function(*tasks[name])`` in processes; yields each name with its result, or with a sentence if it failed.
+
+    Raises:
+        OSError: a process was killed, or the disk is full.
+    """
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(attempt, function, arguments): name for name, arguments in tasks.items()}
+        try:
+            for future in as_completed(futures):
+                yield futures.pop(future), future.result()
+        except BrokenProcessPool:
+            raise OSError("a process was killed (out of memory?); lower -np") from None
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def attempt(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """A result, or in a sentence why there is none: one bad case must not stop the others. A full disk does."""
+    try:
+        return function(*arguments)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return f"{type(error).__name__}: {error}"
+    except Refused as refusal:
+        return str(refusal)
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return f"{type(error).__name__}: {lines[-1][:200] if lines else 'no reason given'}"

@@ -1,0 +1,60 @@
+"""What went into a data set: one line a case while preprocessing, a manifest at the end, its summary in the weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import load_json
+
+from nnunetv2_hiendmae import __version__
+from nnunetv2_hiendmae.weights import atomic_file
+
+MANIFEST = "hiendmae_manifest.json"
+CASES = "hiendmae_cases_{}.jsonl"
+"""One file a part (-part_id), so that the nodes of a cluster do not write into one file."""
+
+
+def record_case(folder: Path, part_id: int, entry: dict[str, Any]) -> None:
+    """Append a case's name, content hash and spacing."""
+    with open(folder / CASES.format(part_id), "a", encoding="utf-8") as stream:
+        stream.write(json.dumps(entry) + "\n")
+
+
+def write_manifest(plans_file: Path, raw: Path, description: dict[str, Any], cases: set[str]) -> None:
+    """Summary of the cases preprocessed so far: counts, a hash over all content hashes, spacings, licence, source."""
+    folder = plans_file.parent
+    entries: dict[str, dict[str, Any]] = {}
+    for file in sorted(folder.glob(CASES.format("*"))):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if line.endswith("}"):  # an interruption may leave half a line
+                entry = json.loads(line)
+                entries[entry["case"]] = entry
+    entries = {case: entry for case, entry in entries.items() if case in cases}
+    digest = hashlib.sha256("\n".join(sorted(e["sha256"] for e in entries.values())).encode()).hexdigest()
+    spacings = np.array([e["spacing"] for e in entries.values()])
+    settings = raw / "ingest_settings.json"
+    manifest = {
+        "dataset": folder.name,
+        "cases": len(entries),
+        "content_sha256": digest,
+        "spacing_min": spacings.min(0).tolist() if len(spacings) else None,
+        "spacing_median": np.median(spacings, 0).tolist() if len(spacings) else None,
+        "spacing_max": spacings.max(0).tolist() if len(spacings) else None,
+        "plans": plans_file.stem,
+        "licence": description.get("licence", "not stated"),
+        "reference": description.get("reference", "not stated"),
+        "excluded_overlap": load_json(str(settings))["exclude_overlap"] if settings.is_file() else [],
+        "version": __version__,
+    }
+    with atomic_file(folder / MANIFEST) as stream:
+        stream.write(json.dumps(manifest, indent=2).encode())
+
+
+def read_provenance(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a preprocessed data set, or None where nnU-Net preprocessed it."""
+    file = folder / MANIFEST
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

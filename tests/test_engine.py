@@ -1,0 +1,298 @@
+"""Nothing lost, and the same numbers however a run is computed: real processes, real signals, real files."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DATASET, World
+
+from pretraining.stream import split_cases
+
+RUNS = Path("results") / DATASET / "HiEndMAE__nnUNetPlans__3d_fullres"
+SMALL = "-preset tiny -device cpu -crop_size 24 24 24 -num_workers 1 -preview_epochs 0"
+ENDLESS = f"hiendmae_pretrain -d 901 {SMALL} -steps 100000 -batch_size 2 -val_every 5"
+
+
+def weights(world: World, run: str) -> dict[str, torch.Tensor]:
+    return torch.load(world.root / RUNS / run / "checkpoint_final.pth", weights_only=True)["network_weights"]
+
+
+def losses(world: World, run: str) -> list[float]:
+    lines = (world.root / RUNS / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+
+def start(world: World, command: str, **env: str) -> subprocess.Popen[str]:
+    words = command.split()
+    words[0] = str(Path(sys.executable).with_name(words[0]))
+    return subprocess.Popen(
+        words, env={**world.env, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for(process: subprocess.Popen[str], beginning: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(beginning):
+            return
+    raise AssertionError(f"the process ended before it wrote '{beginning}'")
+
+
+def descendants(pid: int, pattern: str = "") -> list[int]:
+    """Processes below one, whose command line matches."""
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, encoding="utf-8", check=False).stdout.split()
+    below = [int(child) for child in found]
+    commands = {child: Path(f"/proc/{child}/cmdline").read_bytes().decode() for child in below}
+    return [c for c in below if pattern in commands[c]] + [d for c in below for d in descendants(c, pattern)]
+
+
+@pytest.fixture(scope="module")
+def alone(world: World) -> Iterator[World]:
+    """A run of 20 steps as one process, with the loss of every step."""
+    world.run(f"hiendmae_pretrain -d 901 {SMALL} -steps 20 -batch_size 4 -log_every 1 -val_every 10 -run alone")
+    yield world
+
+
+@pytest.mark.parametrize("way", ["num_gpus", "torchrun"])
+def test_two_ranks_equal_one(alone: World, way: str) -> None:
+    """Half the batch each, over gloo: the same losses over 20 steps."""
+    flags = f"-d 901 {SMALL} -steps 20 -batch_size 4 -log_every 1 -val_every 10 -run {way}"
+    command = {
+        "num_gpus": f"hiendmae_pretrain {flags} -num_gpus 2",
+        "torchrun": f"torchrun --standalone --nproc_per_node 2 -m pretraining {flags}",
+    }[way]
+    alone.run(command)
+    expected, found = losses(alone, "alone"), losses(alone, way)
+    assert len(found) == 20
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert (alone.root / RUNS / way / "encoder_weights.pth").is_file()
+
+
+@pytest.mark.parametrize("flags", ["-accumulate 2", "--activation_checkpointing", "-num_workers 0"])
+def test_other_ways_to_compute_the_same(alone: World, flags: str) -> None:
+    run = flags.split()[0].strip("-")
+    alone.run(f"hiendmae_pretrain -d 901 {SMALL} -steps 20 -batch_size 4 -log_every 1 -val_every 10 -run {run} {flags}")
+    assert losses(alone, run) == pytest.approx(losses(alone, "alone"), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_five_kills(alone: World) -> None:
+    """kill -9 at random moments, five times; the final weights are those of the uninterrupted run, bit for bit."""
+    command = f"hiendmae_pretrain -d 901 {SMALL} -steps 20 -batch_size 4 -log_every 1 -val_every 2 -run killed"
+    rng = random.Random(5)
+    for kill in range(5):
+        folder = alone.root / RUNS / "killed"
+        resume = " --c" if any(folder.glob("checkpoint_*.pth")) else ""
+        process = start(alone, command + resume)
+        wait_for(process, "step ")
+        time.sleep(rng.random())
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, f"kill {kill} came too late"
+    log = alone.run(f"{command} --c")
+    assert "Traceback" not in log
+    expected, found = weights(alone, "alone"), weights(alone, "killed")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert losses(alone, "killed") == losses(alone, "alone")
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_signals_checkpoint_and_end(world: World, number: signal.Signals) -> None:
+    run = number.name.lower()
+    process = start(world, f"{ENDLESS} -run {run}")
+    wait_for(process, "step 5/")
+    os.killpg(process.pid, number)  # a scheduler, and a terminal's Ctrl-C, signal every process
+    log, _ = process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGINT else 0), log
+    assert "checkpoint written. The same command with --c continues." in log and "Traceback" not in log
+    step = int(log.split("Stopped after step ")[1].split(";")[0])
+    latest = torch.load(world.root / RUNS / run / "checkpoint_latest.pth", weights_only=True)
+    assert latest["step"] == step >= 5
+
+
+def test_signal_reaches_every_rank(world: World) -> None:
+    process = start(
+        world, f"hiendmae_pretrain -d 901 {SMALL} -steps 100000 -batch_size 2 -val_every 5 -num_gpus 2 -run two"
+    )
+    wait_for(process, "step 5/")
+    process.send_signal(signal.SIGTERM)  # to the launcher alone
+    log, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "checkpoint written" in log and "Traceback" not in log
+
+
+@pytest.mark.slow
+def test_a_scheduler_signals_torchrun_and_its_ranks(world: World) -> None:
+    """As in the SLURM script: torchrun ignores SIGUSR1, its ranks write a checkpoint and end."""
+    torchrun = Path(sys.executable).with_name("torchrun")
+    command = f"{torchrun} --standalone --nproc_per_node 2 -m pretraining {ENDLESS.split(' ', 1)[1]} -run torch"
+    process = subprocess.Popen(
+        ["bash", "-c", f"trap '' USR1; exec {command}"], env=world.env, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, encoding="utf-8", start_new_session=True,
+    )  # fmt: skip
+    wait_for(process, "step 5/")
+    for pid in [process.pid, *descendants(process.pid)]:  # a job step is signalled process by process
+        os.kill(pid, signal.SIGUSR1)
+    log, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, log
+    assert log.count("checkpoint written. The same command with --c continues.") == 1 and "Traceback" not in log
+
+
+def test_a_killed_launcher_takes_its_ranks_along(world: World) -> None:
+    process = start(world, f"{ENDLESS} -num_gpus 2 -run launcher")
+    wait_for(process, "step 5/")
+    process.kill()
+    log, _ = process.communicate(timeout=60)  # returns when the ranks, which hold the pipe, have ended
+    assert "checkpoint written" in log
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run(world: World) -> None:
+    process = start(
+        world, f"hiendmae_pretrain -d 901 {SMALL} -steps 100000 -batch_size 2 -val_every 5 -num_gpus 2 -run orphan"
+    )
+    wait_for(process, "step 5/")
+    ranks = descendants(process.pid, "spawn_main")
+    assert len(ranks) >= 2
+    os.kill(ranks[1], signal.SIGKILL)
+    log, _ = process.communicate(timeout=90)
+    assert process.returncode == 1 and "--c" in log
+
+
+def test_truncated_latest_checkpoint_falls_back(alone: World) -> None:
+    command = f"hiendmae_pretrain -d 901 {SMALL} -steps 20 -batch_size 4 -log_every 1 -val_every 4 -run truncated"
+    process = start(alone, command)
+    wait_for(process, "step 16/20")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    folder = alone.root / RUNS / "truncated"
+    latest = folder / "checkpoint_latest.pth"
+    assert (folder / "checkpoint_older_1.pth").is_file() and not (folder / "checkpoint_older_2.pth").exists()
+    shutil.copyfile(folder / "checkpoint_latest.pth", folder / "whole.pth")
+    with open(latest, "r+b") as file:
+        file.truncate(latest.stat().st_size // 2)
+    log = alone.run(f"{command} --c")
+    assert "checkpoint_latest.pth is not a file of plain tensors" in log
+    assert "Continuing from checkpoint_older_1.pth, step " in log
+    expected, found = weights(alone, "alone"), weights(alone, "truncated")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+NON_FINITE = """
+import sys
+import pretraining.cli as cli
+from pretraining.preprocessed import PreprocessedCorpus
+read = PreprocessedCorpus.read
+def spoiled(self, case, start, size):
+    crop = read(self, case, start, size).copy()
+    if case == 2:
+        crop[..., 3] = float("nan")
+    return crop
+PreprocessedCorpus.read = spoiled
+cli.main()
+"""
+
+
+def test_non_finite_loss_stops_before_the_step(world: World) -> None:
+    flags = f"-d 901 {SMALL} -steps 50 -batch_size 2 -val_every 1 -run spoiled"
+    words = [sys.executable, "-c", NON_FINITE, *flags.split()]
+    done = subprocess.run(
+        words, env=world.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", check=False
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stdout
+    message = done.stdout.splitlines()[-1]
+    assert "The loss is not finite at step" in message and f"{DATASET}/" in message and ":" in message
+    dump = torch.load(message.split("are in ")[1].rstrip("."), weights_only=True)
+    from pretraining.config import RunConfig
+    from pretraining.model import HiEndMAE
+    from pretraining.stream import canonical_crops
+
+    model = HiEndMAE(RunConfig.from_dict(dump["config"]).model)
+    model.load_state_dict(dump["network_weights"])  # of before the step: finite
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    batch = dump["batches"][0]
+    assert model(canonical_crops(batch, torch.device("cpu")), batch["ids_shuffle"]).loss.isnan()
+
+
+@pytest.mark.slow
+def test_full_disk_keeps_the_old_checkpoint(world: World, tmp_path: Path) -> None:
+    """The results folder is a small file system that fills up after the first checkpoint."""
+    results = tmp_path / "small"
+    results.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=250m", "tmpfs", str(results)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("no permission to mount a small file system")
+    try:
+        env = {"nnUNet_results": str(results)}
+        command = f"hiendmae_pretrain -d 901 {SMALL} -batch_size 2 -val_every 2 -steps 8 -run full -keep_checkpoints 1"
+        process = start(world, command, **env)
+        wait_for(process, "step 2/")
+        wait_for(process, "step 4/")  # so the checkpoint of step 2 is there
+        free = os.statvfs(results).f_bavail * os.statvfs(results).f_frsize
+        assert free > 2**21, f"{free} bytes are free"
+        (results / "filler").write_bytes(bytes(free - 2**20))
+        log, _ = process.communicate(timeout=60)
+        assert process.returncode == 1 and "Traceback" not in log, log
+        assert "could not be written" in log or "No space left" in log
+        latest = next(results.rglob("checkpoint_latest.pth"))
+        assert torch.load(latest, weights_only=True)["step"] >= 2
+        assert not list(results.rglob("*.tmp"))
+        (results / "filler").unlink()
+        assert "Encoder weights" in world.run(f"{command} --c", **env)
+    finally:
+        subprocess.run(["umount", str(results)], check=True)
+
+
+def test_damaged_volume_is_named(world: World, tmp_path: Path) -> None:
+    """Met by a loader process in the middle of a run: one line, exit 1, nothing of the run is lost."""
+    shutil.copytree(world.root / "preprocessed", tmp_path / "preprocessed", ignore=shutil.ignore_patterns("*_body_*"))
+    cases = [tmp_path / "preprocessed" / DATASET / "nnUNetPlans_3d_fullres" / f"phantom_00{i}.b2nd" for i in range(6)]
+    for training_case in split_cases(cases, 41)[0]:  # type: ignore[arg-type]
+        file = cases[training_case]
+        content = bytearray(file.read_bytes())
+        content[len(content) // 4 : -len(content) // 4] = bytes(len(content) // 2)
+        file.write_bytes(content)
+    env = {**world.env, "nnUNet_preprocessed": str(tmp_path / "preprocessed"), "nnUNet_results": str(tmp_path)}
+    command = [str(Path(sys.executable).with_name("hiendmae_pretrain")), *f"-d 901 {SMALL} -steps 9".split()]
+    done = subprocess.run(command, env=env, capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 1, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("hiendmae_pretrain: error: Cannot read ") and "Preprocess this case again." in line
+
+
+LEAK = """
+import os, sys
+from pathlib import Path
+from pretraining.cli import parser, make_config, find_corpus
+from pretraining.stream import CropStream, split_cases
+args = parser().parse_args(sys.argv[1:])
+corpus, source = find_corpus(args)
+stream = CropStream(corpus, make_config(args, corpus, source, steps=1), split_cases(corpus, 41)[0])
+rss = lambda: int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE")
+for i in range(10_000):
+    stream[i]
+    if i == 999:
+        before = rss()
+print((rss() - before) / 2**20)
+"""
+
+
+@pytest.mark.slow
+def test_memory_stays_flat(world: World) -> None:
+    """Resident memory after 10,000 crops is that after 1,000."""
+    world.run("hiendmae_pack -d 901 -o HiEndMAE_packed_leak")
+    flags = ["-preset", "tiny", "-device", "cpu", "-crop_size", "24", "24", "24"]
+    for source in ("-d 901", "-packed HiEndMAE_packed_leak"):
+        grown = float(subprocess.check_output([sys.executable, "-c", LEAK, *source.split(), *flags], env=world.env))
+        assert grown < 20, f"{source}: {grown:.1f} MiB more after 10,000 crops"

@@ -1,0 +1,186 @@
+"""``hiendmae_ingest`` on a heap of real files, good and broken."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from conftest import World
+from heap import ct, write, write_bad, write_dicom, write_good
+
+from pretraining.ingest.find import Source, find_sources
+from pretraining.ingest.quality import content_hash
+from pretraining.ingest.read import Refused, read
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> World:
+    """Empty nnU-Net folders."""
+    for kind in ("raw", "preprocessed", "results"):
+        (tmp_path / kind).mkdir()
+    return World(tmp_path)
+
+
+def table(place: World, dataset: str = "Dataset510_Heap") -> dict[str, dict[str, str]]:
+    with open(place.root / "raw" / dataset / "ingest_report.csv", newline="", encoding="utf-8") as file:
+        return {row["input"]: row for row in csv.DictReader(file)}
+
+
+def images(place: World, dataset: str = "Dataset510_Heap") -> list[Path]:
+    return sorted((place.root / "raw" / dataset / "imagesTr").iterdir())
+
+
+def test_heap_becomes_a_data_set(place: World, tmp_path: Path) -> None:
+    heap = tmp_path / "heap"
+    good, bad = write_good(heap), write_bad(heap)
+    before = sorted(heap.rglob("*"))
+    log = place.run(f"hiendmae_ingest -i {heap} -d 510 -n Heap -np 2", ok=False)  # exit 1: not all went in
+    assert sorted(heap.rglob("*")) == before and "Traceback" not in log and "Warning" not in log
+    rows = table(place)
+    assert {name for name, row in rows.items() if row["status"] == "accepted"} == good
+    for name, reason in bad.items():
+        assert rows[name]["status"] == "refused" and reason in rows[name]["reason"], rows[name]
+        assert sum(line.startswith(f"REFUSED {name}: ") for line in log.splitlines()) == 1
+    assert set(rows) == good | set(bad)
+    assert f"{len(good)} accepted, {len(bad)} refused" in log
+    assert len(images(place)) == len(good)
+    assert any(os.path.samefile(file, heap / "plain.nii.gz") for file in images(place))  # linked, not copied
+    dicom = sitk.ReadImage(str(place.root / "raw/Dataset510_Heap/imagesTr" / f"{rows['dicom']['case']}_0000.nii.gz"))
+    assert np.abs(sitk.GetArrayFromImage(dicom) - sitk.GetArrayFromImage(ct(6))).max() <= 1  # slope 2 rounds
+    assert dicom.GetSpacing() == (2.0, 2.0, 3.0)
+    sheets = sorted(p.name for p in (place.root / "raw/Dataset510_Heap/ingest_thumbnails").glob("*.png"))
+    assert sheets == ["accepted_000.png", "refused_000.png"]
+
+    again = place.run(f"hiendmae_ingest -i {heap} -d 510 -n Heap", ok=False)
+    assert "REFUSED" not in again and f"{len(good)} accepted, {len(bad)} refused" in again  # nothing is looked at twice
+    assert table(place) == rows
+
+    write(ct(20), heap / "truncated.nii.gz")  # mended
+    log = place.run(f"hiendmae_ingest -i {heap} -d 510 -n Heap", ok=False)
+    assert f"{len(good) + 1} accepted, {len(bad) - 1} refused" in log
+
+
+def test_test_scans_do_not_leak(place: World, tmp_path: Path) -> None:
+    write(ct(1), place.root / "raw/Dataset017_Task/imagesTs/case_0000.nii.gz")
+    write(ct(1), tmp_path / "heap" / "copy.nrrd")
+    write(ct(2), tmp_path / "heap" / "new.nrrd")
+    log = place.run(f"hiendmae_ingest -i {tmp_path / 'heap'} -d 510 -n Heap --exclude_overlap 17", ok=False)
+    assert "REFUSED copy.nrrd: duplicate of Dataset017_Task/case_0000.nii.gz" in log
+    assert "1 accepted, 1 refused" in log
+
+
+def test_duplicates_are_found_across_data_sets(place: World, tmp_path: Path) -> None:
+    for number, cases in ((510, (1, 2)), (511, (2, 3))):
+        heap = tmp_path / f"heap{number}"
+        for case in cases:
+            write(ct(case), heap / f"scan_{case}.nii.gz")
+        log = place.run(f"hiendmae_ingest -i {heap} -d {number} -n Heap -np 1", ok=number == 510)
+    first = table(place)["scan_2.nii.gz"]["case"]
+    assert f"REFUSED scan_2.nii.gz: duplicate of Dataset510_Heap/{first}" in log and "1 accepted, 1 refused" in log
+    assert table(place)["scan_2.nii.gz"]["status"] == "accepted"  # the other report is as it was
+
+
+def test_gate_can_be_turned_off(place: World, tmp_path: Path) -> None:
+    write(ct(1) + 1024, tmp_path / "heap" / "offset.nii.gz")
+    place.run(f"hiendmae_ingest -i {tmp_path / 'heap'} -d 510 -n Heap", ok=False)
+    log = place.run(f"hiendmae_ingest -i {tmp_path / 'heap'} -d 511 -n Any --no_quality_gate")
+    assert "1 accepted, 0 refused" in log
+
+
+def test_slices_that_are_there_twice_are_taken_once(tmp_path: Path) -> None:
+    write_dicom(ct(1), tmp_path / "heap", "1.2.826.0.1.3680043.2.1125.8001")
+    for file in sorted((tmp_path / "heap").iterdir())[:5]:
+        shutil.copy(file, file.with_name(f"copy_{file.name}"))
+    (source,) = find_sources(tmp_path / "heap")
+    np.testing.assert_allclose(sitk.GetArrayFromImage(read(source)), sitk.GetArrayFromImage(ct(1)), atol=1)
+
+
+def test_unreadable_files_are_told(tmp_path: Path) -> None:
+    """A dangling link, and a file of somebody else; root may read anything, so it is read as another user."""
+    (tmp_path / "gone.nii.gz").symlink_to(tmp_path / "nowhere")
+    (source,) = find_sources(tmp_path)
+    with pytest.raises(Refused, match="No such file"):
+        read(source)
+    secret = write(ct(1), tmp_path / "secret.mha")
+    secret.chmod(0)
+    me = os.geteuid()
+    for folder in (tmp_path, *list(tmp_path.parents)[:3]):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    if me == 0:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(Refused, match="permission denied"):
+            read(Source("secret.mha", (str(secret),)))
+    finally:
+        os.seteuid(me)
+
+
+def test_hash_does_not_depend_on_the_format(tmp_path: Path) -> None:
+    hashes = set()
+    for name in ("a.nii.gz", "a.nrrd", "a.mha", "a.nii"):
+        image = ct(1) if name != "a.nrrd" else sitk.Cast(ct(1), sitk.sitkFloat32)
+        hashes.add(content_hash(sitk.GetArrayFromImage(sitk.ReadImage(str(write(image, tmp_path / name))))))
+    assert len(hashes) == 1 and content_hash(sitk.GetArrayFromImage(ct(2))) not in hashes
+
+
+def test_ctrl_c_then_the_same_command(place: World, tmp_path: Path) -> None:
+    for i in range(12):
+        write(ct(i, (40, 96, 96)), tmp_path / "heap" / f"{i}.mha")
+    command = f"hiendmae_ingest -i {tmp_path / 'heap'} -d 510 -n Heap -np 1"
+    words = [str(Path(sys.executable).with_name("hiendmae_ingest")), *command.split()[1:]]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    process = subprocess.Popen(words, env=place.env, start_new_session=True, **pipes)
+    report = place.root / "raw/Dataset510_Heap/ingest_report.csv"
+    while not report.is_file() or report.read_text("utf-8").count("accepted") < 2:
+        time.sleep(0.01)
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and error.strip().endswith("interrupted; the same command goes on")
+    kept = {name: row for name, row in table(place).items() if row["status"] == "accepted"}
+    assert 2 <= len(kept) < 12
+    assert "12 accepted, 0 refused" in place.run(command)
+    assert {name: table(place)[name] for name in kept} == kept and len(images(place)) == 12
+
+
+def test_full_disk_keeps_what_is_there(place: World, tmp_path: Path) -> None:
+    raw = place.root / "raw"
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(raw)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("no permission to mount a small file system")
+    try:
+        for i in range(12):
+            write(ct(i, (40, 64, 64)), tmp_path / "heap" / f"{i:02d}.mha")
+        log = place.run(f"hiendmae_ingest -i {tmp_path / 'heap'} -d 510 -n Heap -np 1", ok=False)
+        assert "Traceback" not in log and "What was accepted is kept" in log, log
+        assert all(sitk.ReadImage(str(file)).GetSize() == (64, 64, 40) for file in images(place))
+        subprocess.run(["mount", "-o", "remount,size=64m", str(raw)], check=True)
+        assert "12 accepted, 0 refused" in place.run(f"hiendmae_ingest -i {tmp_path / 'heap'} -d 510 -n Heap -np 1")
+    finally:
+        subprocess.run(["umount", str(raw)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("-i /nowhere -d 510 -n Heap", "-i /nowhere is no folder"),
+        ("-i . -d 0 -n Heap", "-d 0 must be 1…999"),
+        ("-i . -d 510 -n two__parts", "'two__parts'"),
+        ("-i . -d 510 -n Heap -np 0", "-np 0 must be at least 1"),
+        ("-i . -d 510 -n Heap --exclude_overlap 888", "888"),
+        ("-i . -d 17 -n Heap", "-d 17 is taken by Dataset017_Task"),
+    ],
+)
+def test_mistakes_get_one_line(place: World, flags: str, message: str) -> None:
+    (place.root / "raw" / "Dataset017_Task").mkdir()
+    log = place.run(f"hiendmae_ingest {flags}", ok=False)
+    assert message in log and "Traceback" not in log
