@@ -37,6 +37,9 @@ class FineTuneSettings:
     """Training iterations an epoch; nnU-Net's default."""
     num_val_iterations_per_epoch: int = 50
     """Validation iterations an epoch; nnU-Net's default."""
+    no_mirroring: bool = False
+    """No flips in training, none averaged in prediction: for left and right organs that look alike, as in nnU-Net's
+    ``nnUNetTrainerNoMirroring``."""
     initial_lr: float = 1e-4
     """Peak learning rate of AdamW; published: 1e-4."""
     weight_decay: float = 0.05
@@ -64,8 +67,9 @@ class FineTuneSettings:
             raise ValueError(f"initial_lr={self.initial_lr} must be > 0, weight_decay={self.weight_decay} >= 0.")
         if not 0 < self.layer_decay <= 1 or not 0 <= self.drop_path < 1:
             raise ValueError(f"layer_decay={self.layer_decay} must be in (0, 1], drop_path={self.drop_path} in [0, 1).")
-        if not isinstance(self.identity_blocks, bool):
-            raise ValueError(f"identity_blocks={self.identity_blocks!r} must be true or false.")
+        for name in ("identity_blocks", "no_mirroring"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be true or false.")
         _ = self.encoder
 
     @classmethod

@@ -75,6 +75,10 @@ class nnUNetTrainerHiEndMAE(nnUNetTrainer):
             identity_blocks=settings.identity_blocks,
         )
 
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:
+        choices = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        return without_mirroring(self, choices) if self.settings.no_mirroring else choices
+
     def initialize(self) -> None:
         """Resolve the settings, build everything as nnU-Net does, then copy the encoder's weights in."""
         weights = self._or_exit(self._resolve_settings)
@@ -179,6 +183,12 @@ class nnUNetTrainerHiEndMAE(nnUNetTrainer):
         except ValueError as error:
             self.print_to_log_file(f"ERROR: {error}")
             raise SystemExit(1) from None
+
+
+def without_mirroring(trainer: nnUNetTrainer, choices: tuple[Any, ...]) -> tuple[Any, ...]:
+    """nnU-Net's rotation, 2D augmentation, patch size and mirrored axes, with no axis mirrored, nor in prediction."""
+    trainer.inference_allowed_mirroring_axes = None
+    return (*choices[:3], None)
 
 
 class nnUNetTrainerHiEndMAE_scratch(nnUNetTrainerHiEndMAE):

@@ -39,7 +39,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, Path]:
     out = world.root / "out"
     said = world.run(PLAN.format(out=out))
     assert "2 runs in" in said and "1 new splits for label budgets" in said
-    grid = json.loads((out / "grid.json").read_text())
+    grid = json.loads((out / "grid.json").read_text(encoding="utf-8"))
     grid["arms"][1]["settings"] = {"architecture": TINY, "feature_size": 4}
     (out / "grid.json").write_text(json.dumps(grid))
     assert "0 new splits" in world.run(f"hiendmae_benchmark plan -o {out} -grid {out}/grid.json")
@@ -54,19 +54,19 @@ def report(bench: tuple[World, Path], ok: bool) -> str:
 
 def test_commands_are_plain_nnunet(bench: tuple[World, Path]) -> None:
     _, out = bench
-    lines = (out / "commands.sh").read_text().splitlines()
+    lines = (out / "commands.sh").read_text(encoding="utf-8").splitlines()
     assert lines[1] == (
         f"nnUNetv2_train {DATASET} 3d_fullres 5 -tr nnUNetTrainerBudget -p nnUNetPlans_bench_nnunet -device cpu"
     )
-    assert len(lines) == 3 and "#SBATCH --array=1-2" in (out / "commands.slurm").read_text()
+    assert len(lines) == 3 and "#SBATCH --array=1-2" in (out / "commands.slurm").read_text(encoding="utf-8")
 
 
 def test_missing_run_is_shown_and_told(bench: tuple[World, Path]) -> None:
     said = report(bench, ok=False)
     assert "2 labels/seed 0/scratch: MISSING: not started" in said and "Traceback" not in said
     _, out = bench
-    assert "missing (0/1 runs)" in (out / "report.md").read_text()
-    rows = list(csv.DictReader((out / "runs.csv").read_text().splitlines()))
+    assert "missing (0/1 runs)" in (out / "report.md").read_text(encoding="utf-8")
+    rows = list(csv.DictReader((out / "runs.csv").read_text(encoding="utf-8").splitlines()))
     assert [(r["arm"], r["status"]) for r in rows] == [("nnunet", "finished"), ("scratch", "MISSING")]
 
 
@@ -77,16 +77,16 @@ def test_finished_report(bench: tuple[World, Path]) -> None:
     assert "$ nnUNetv2_train" not in world.run(f"hiendmae_benchmark run -o {out}")  # nothing is left to do
     report(bench, ok=True)
     folders = fold_folders(world)
-    summary = json.loads((folders["nnunet"] / "validation" / "summary.json").read_text())
-    rows = {r["organ"]: r for r in csv.DictReader((out / "dice.csv").read_text().splitlines())}
+    summary = json.loads((folders["nnunet"] / "validation" / "summary.json").read_text(encoding="utf-8"))
+    rows = {r["organ"]: r for r in csv.DictReader((out / "dice.csv").read_text(encoding="utf-8").splitlines())}
     assert rows["mean"]["nnunet"] == f"{summary['foreground_mean']['Dice']:.3f}"
     assert rows["liver"]["nnunet"] == f"{summary['mean']['1']['Dice']:.3f}"
-    page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
+    page, text = (out / "report.html").read_text(encoding="utf-8"), (out / "report.md").read_text(encoding="utf-8")
     assert not re.search(r"https?:|<script|<link|url\(", page) and page.count("data:image/svg+xml;base64,") >= 5
     for name in ("dice", "nsd", "hd95", "comparisons", "cost", "runs"):
-        for row in csv.reader((out / f"{name}.csv").read_text().splitlines()):
+        for row in csv.reader((out / f"{name}.csv").read_text(encoding="utf-8").splitlines()):
             assert all(value in text and f">{html.escape(value)}<" in page for value in row if value)
-    record = json.loads((folders["scratch"] / "hiendmae_run.json").read_text())
+    record = json.loads((folders["scratch"] / "hiendmae_run.json").read_text(encoding="utf-8"))
     assert record["parameters"] > 10_000 and record["seconds_per_volume"] > 0 and record["peak_memory_mb"] > 100
     assert "| augmentation |" in text and re.search(r"\| augmentation \| (\w+) \| \1 \| same \|", text)
     before = {file.name: file.read_bytes() for file in out.glob("*.*")}
@@ -98,7 +98,7 @@ def test_finished_report(bench: tuple[World, Path]) -> None:
 
 def raise_dice(folder: Path) -> None:
     file = folder / "validation" / "summary.json"
-    summary = json.loads(file.read_text())
+    summary = json.loads(file.read_text(encoding="utf-8"))
     for entry in summary["metric_per_case"]:
         entry["metrics"]["1"]["Dice"] = 0.99
     summary["mean"]["1"]["Dice"] = 0.99
@@ -107,14 +107,14 @@ def raise_dice(folder: Path) -> None:
 
 def raise_mean(folder: Path) -> None:
     file = folder / "validation" / "summary.json"
-    summary = json.loads(file.read_text())
+    summary = json.loads(file.read_text(encoding="utf-8"))
     summary["mean"]["3"]["Dice"] = 0.99
     file.write_text(json.dumps(summary))
 
 
 def drop_case(folder: Path) -> None:
     file = folder / "validation" / "summary.json"
-    summary = json.loads(file.read_text())
+    summary = json.loads(file.read_text(encoding="utf-8"))
     summary["metric_per_case"] = summary["metric_per_case"][1:]
     file.write_text(json.dumps(summary))
 
@@ -153,7 +153,7 @@ def test_tampering_is_noticed(bench: tuple[World, Path], tamper, messages: list[
     finally:
         shutil.rmtree(folder)
         shutil.move(backup, folder)
-    assert "0.99" not in (out / "dice.csv").read_text()
+    assert "0.99" not in (out / "dice.csv").read_text(encoding="utf-8")
 
 
 def test_interrupted_and_unevaluated_runs_are_finished(bench: tuple[World, Path]) -> None:
@@ -172,7 +172,7 @@ def test_failures_are_loud(bench: tuple[World, Path]) -> None:
     """Other plans than a run was made with are refused, and the other runs are not kept from being made."""
     world, out = bench
     file = world.root / "preprocessed" / DATASET / "nnUNetPlans_bench_nnunet.json"
-    text = file.read_text()
+    text = file.read_text(encoding="utf-8")
     file.write_text(text.replace('"batch_size": 2', '"batch_size": 3'))
     try:
         said = world.run(f"hiendmae_benchmark run -o {out} -part_id 0 -num_parts 2", ok=False)

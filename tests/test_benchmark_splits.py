@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def splits_of(folder: Path) -> list[dict]:
-    return json.loads((folder / SPLITS_FILE).read_text())
+    return json.loads((folder / SPLITS_FILE).read_text(encoding="utf-8"))
 
 
 def test_budgets_are_nested_and_keep_the_validation_cases(folder: Path) -> None:
@@ -107,4 +107,4 @@ def test_without_a_split_file_nnunets_own_folds_are_made(world: World, tmp_path:
     if not (source / SPLITS_FILE).is_file():
         world.run("hiendmae_plan -d 901 -plans_name tiny --epochs 1 --num_iterations_per_epoch 1 --feature_size 4")
         world.run("nnUNetv2_train 901 3d_fullres 0 -tr nnUNetTrainerHiEndMAE_scratch -p tiny -device cpu")
-    assert splits_of(tmp_path)[:5] == json.loads((source / SPLITS_FILE).read_text())[:5]
+    assert splits_of(tmp_path)[:5] == json.loads((source / SPLITS_FILE).read_text(encoding="utf-8"))[:5]

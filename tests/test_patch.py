@@ -14,7 +14,7 @@ from nnunetv2_hiendmae.patch import stretched, with_patch_size
 
 def configuration_of(world: World, plans: str) -> dict:
     file = world.root / "preprocessed" / DATASET / f"{plans}.json"
-    return json.loads(file.read_text())["configurations"]["3d_fullres"]
+    return json.loads(file.read_text(encoding="utf-8"))["configurations"]["3d_fullres"]
 
 
 def test_the_planned_patch_gives_the_plan_back(world: World) -> None:

@@ -12,6 +12,7 @@ from nnunetv2_hiendmae.benchmark.grid import GRID_FILE, Grid, parse_labels, read
 from nnunetv2_hiendmae.benchmark.plan import COMMANDS_FILE, differences_text, plan
 from nnunetv2_hiendmae.benchmark.report import report
 from nnunetv2_hiendmae.benchmark.run import run_part
+from nnunetv2_hiendmae.benchmark.trainer import BUDGET
 from nnunetv2_hiendmae.folders import preprocessed_folder
 
 EXAMPLE = """examples:
@@ -57,6 +58,7 @@ def add_plan_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("-num_epochs", type=int, metavar="N", help="of every arm [each trainer's own]")
     p.add_argument("-num_iterations_per_epoch", type=int, metavar="N", help="of every arm [each trainer's own]")
     p.add_argument("-num_val_iterations_per_epoch", type=int, metavar="N", help="of every arm [each trainer's own]")
+    p.add_argument("--no_mirroring", action="store_true", default=None, help="for left and right organs; every arm")
     p.add_argument("-patch_size", type=int, nargs=3, metavar="N", help="of every arm [that of its plans]")
     p.add_argument("-batch_size", type=int, metavar="N", help="of every arm [that of its plans]")
     p.add_argument("-device", choices=("cuda", "cpu", "mps"), help="[cuda]")
@@ -71,7 +73,7 @@ def grid_of(args: argparse.Namespace) -> Grid:
         return read_grid(args.grid)
     if args.d is None:
         raise ValueError("plan needs -d DATASET, or -grid FILE.")
-    wanted, budget = own.pop("arms", None), any(name.startswith("num_") for name in own)
+    wanted, budget = own.pop("arms", None), any(name in BUDGET for name in own)
     arms = default_arms(own.pop("p", "nnUNetPlans"), own.pop("weights", None), budget)
     unknown = set(wanted or ()) - {arm.name for arm in arms}
     if unknown:

@@ -86,6 +86,8 @@ class Grid:
     """None: each trainer's own (nnU-Net: 250)."""
     num_val_iterations_per_epoch: int | None = None
     """None: each trainer's own (nnU-Net: 50)."""
+    no_mirroring: bool | None = None
+    """True: no arm flips, for left and right organs that look alike. None: nnU-Net's default, which does."""
     patch_size: tuple[int, int, int] | None = None
     """Of every arm, voxels ``(z, y, x)``. None: that of each arm's plans."""
     batch_size: int | None = None
@@ -157,7 +159,7 @@ def read_grid(file: Path) -> Grid:
         ValueError: no such file, no JSON, unknown keys or impossible values; names the file.
     """
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_text(encoding="utf-8"))
         values["arms"] = tuple(Arm(**arm) for arm in values["arms"])
         return Grid(**values)
     except FileNotFoundError:

@@ -44,7 +44,7 @@ class RunRecord:
     seconds_per_iteration: float | None = None
     """Median epoch over its training iterations; nnU-Net's validation iterations included."""
     seconds_per_volume: float | None = None
-    """Final validation over its cases: prediction with mirroring, export and evaluation."""
+    """Final validation over its cases: prediction, export and evaluation."""
     peak_memory_mb: float | None = None
     """Resident memory of the largest process; None if the run was not watched."""
     peak_gpu_memory_mb: float | None = None
@@ -76,7 +76,7 @@ def read_record(folder: Path) -> RunRecord | None:
     if not file.is_file():
         return None
     try:
-        values: dict[str, Any] = json.loads(file.read_text())
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return RunRecord(**{f.name: values[f.name] for f in fields(RunRecord)})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is damaged: {error!r}.") from None

@@ -133,7 +133,7 @@ def sample_gpu(samples: list[float], done: threading.Event) -> None:
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
     query = ["nvidia-smi", "-i", gpu, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     while not done.wait(1):
-        answer = subprocess.run(query, capture_output=True, text=True, check=False)
+        answer = subprocess.run(query, capture_output=True, encoding="utf-8", check=False)
         if answer.returncode or not answer.stdout.strip().isdigit():
             return
         samples.append(float(answer.stdout))

@@ -209,8 +209,8 @@ def cost_table(grid: Grid, results: list[Result]) -> Table:
                 rows.append([dataset, configuration, arm.name, f"{len(done)}/{len(mine)}", dice, *costs])
     note = (
         "Dice: mean over the finished runs of all label budgets. Seconds an iteration: median epoch over its training "
-        "iterations, nnU-Net's validation iterations included. Seconds a volume: final validation with mirroring, "
-        "export and evaluation. Memory: of the largest process, and of the whole GPU while it ran."
+        "iterations, nnU-Net's validation iterations included. Seconds a volume: final validation (mirrored where arms "
+        "mirror), export and evaluation. Memory: of the largest process, and of the whole GPU while it ran."
     )
     header = [
         "data set",
