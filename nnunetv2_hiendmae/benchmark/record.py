@@ -107,7 +107,7 @@ def count_parameters(state: dict[str, torch.Tensor]) -> int:
 def seconds_per_volume(folder: Path) -> float | None:
     """Mean time of nnU-Net's final validation per case; None if no log tells."""
     for log in sorted(folder.glob("training_log_*.txt"), reverse=True):
-        lines = [m for m in map(LOG_TIME.match, log.read_text(errors="replace").splitlines()) if m]
+        lines = [m for m in map(LOG_TIME.match, log.read_text(encoding="utf-8", errors="replace").splitlines()) if m]
         starts = [stamp(m) for m in lines if m[2].startswith("predicting ")]
         ends = [stamp(m) for m in lines if m[2].startswith("Validation complete")]
         if starts and ends:

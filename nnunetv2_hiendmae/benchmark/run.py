@@ -120,7 +120,7 @@ def watch(command: list[str], log: Path) -> dict[str, float | None]:
             sampler.join()
     process.returncode = code = os.waitstatus_to_exitcode(status)
     if code:
-        end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        end = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
         raise RuntimeError(f"'{shlex.join(command)}' ended with exit code {code}. The end of {log}:\n{end}")
     kilobytes = usage.ru_maxrss / (1024 if sys.platform == "darwin" else 1)
     return {"peak_memory_mb": round(kilobytes / 1024), "peak_gpu_memory_mb": max(gpu, default=None)}
