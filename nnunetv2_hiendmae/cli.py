@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,6 +11,7 @@ from typing import Any, NoReturn
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
 
 from nnunetv2_hiendmae.folders import preprocessed_folder
+from nnunetv2_hiendmae.patch import with_patch_size
 from nnunetv2_hiendmae.settings import BLOCK, FineTuneSettings
 from nnunetv2_hiendmae.weights import load_weights
 
@@ -23,23 +25,38 @@ EXAMPLE = """examples:
 """
 
 
-def make_plans(source: dict[str, Any], plans_name: str, settings: dict[str, Any]) -> dict[str, Any]:
+def make_plans(
+    source: dict[str, Any],
+    plans_name: str,
+    settings: dict[str, Any],
+    patch_size: Sequence[int] | None = None,
+    batch_size: int | None = None,
+) -> dict[str, Any]:
     """Plans like ``source`` under another name, with ``settings`` in the block of every 3D configuration.
 
     The preprocessed data stay those of the source: each configuration keeps its ``data_identifier``.
+    ``patch_size`` (voxels, ``(z, y, x)``) and ``batch_size`` replace those of every 3D configuration.
 
     Raises:
-        ValueError: impossible name or settings.
+        ValueError: impossible name, settings or sizes.
     """
     if "__" in plans_name or not plans_name:
         raise ValueError(
             f"-plans_name '{plans_name}' must not be empty or contain '__' (nnU-Net splits folders there)."
         )
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"-batch_size {batch_size} must be at least 1.")
     configurations = {}
     for name, configuration in source["configurations"].items():
         block = {**configuration.get(BLOCK, {}), **settings}
         FineTuneSettings(**block)
-        configurations[name] = configuration if name == "2d" else {**configuration, BLOCK: block}
+        if name != "2d":
+            configuration = {**configuration, BLOCK: block}
+            if patch_size is not None and "patch_size" in configuration:  # else inherited
+                configuration = with_patch_size(configuration, patch_size)
+            if batch_size is not None and "batch_size" in configuration:
+                configuration["batch_size"] = batch_size
+        configurations[name] = configuration
     return {**source, "plans_name": plans_name, "configurations": configurations}
 
 
@@ -55,12 +72,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-d", required=True, metavar="DATASET", help="data set name or id")
     p.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans to start from [nnUNetPlans]")
     p.add_argument("-plans_name", metavar="NAME", help="name of the new plans [<PLANS>_hiendmae]")
+    p.add_argument("-patch_size", type=int, nargs=3, metavar="N", help="voxels, z y x [that of PLANS]")
+    p.add_argument("-batch_size", type=int, metavar="N", help="[that of PLANS]")
     for f in fields(FineTuneSettings):
         if f.name in NOT_FLAGS:
             continue
         names = [f"-{f.name}", f"--{f.name}", *ALIASES.get(f.name, [])]
         if f.name == "window_hu":
             p.add_argument(*names, type=float, nargs=2, metavar="HU", help="[that of the weights]")
+        elif str(f.type) == "bool":
+            p.add_argument(*names, action="store_true", default=None, help=f"[{f.default}]")
         else:
             kind = {"int": int, "float": float}.get(str(f.type), str)
             p.add_argument(*names, type=kind, metavar="X", help=f"[{f.default}]")
@@ -81,7 +102,7 @@ def plan(args: argparse.Namespace) -> Path:
     if args.weights is not None:
         weights = load_weights(args.weights)
         settings |= {"weights": str(weights.path.absolute()), "weights_sha256": weights.sha256}
-    plans = make_plans(load_json(str(source_file)), plans_name, settings)
+    plans = make_plans(load_json(str(source_file)), plans_name, settings, args.patch_size, args.batch_size)
     save_json(plans, str(target), sort_keys=False)
     return target
 

@@ -11,6 +11,9 @@ from nnunetv2_hiendmae.intensity import DEFAULT_WINDOW, Window
 BLOCK = "hiendmae"
 """Key of the block in a plans configuration."""
 
+NETWORK = ("architecture", "window_hu", "feature_size", "identity_blocks")
+"""The settings that make the network what it is: a checkpoint fits only if they agree."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuneSettings:
@@ -34,6 +37,9 @@ class FineTuneSettings:
     """Training iterations an epoch; nnU-Net's default."""
     num_val_iterations_per_epoch: int = 50
     """Validation iterations an epoch; nnU-Net's default."""
+    no_mirroring: bool = False
+    """No flips in training, none averaged in prediction: for left and right organs that look alike, as in nnU-Net's
+    ``nnUNetTrainerNoMirroring``."""
     initial_lr: float = 1e-4
     """Peak learning rate of AdamW; published: 1e-4."""
     weight_decay: float = 0.05
@@ -43,7 +49,9 @@ class FineTuneSettings:
     warmup_epochs: int = 50
     """Linear warm-up from 1/warmup_epochs of the peak; published: 50. At most a tenth of ``num_epochs`` is used."""
     frozen_epochs: int = 0
-    """Epochs at the start in which the ViT does not learn."""
+    """Epochs at the start in which the ViT does not learn; ``num_epochs`` or more: a probe of the frozen encoder."""
+    identity_blocks: bool = False
+    """Control: the ViT's blocks do nothing and have no parameters; only its embedding and final norm are left."""
 
     def __post_init__(self) -> None:
         if self.window_hu is not None:
@@ -59,6 +67,9 @@ class FineTuneSettings:
             raise ValueError(f"initial_lr={self.initial_lr} must be > 0, weight_decay={self.weight_decay} >= 0.")
         if not 0 < self.layer_decay <= 1 or not 0 <= self.drop_path < 1:
             raise ValueError(f"layer_decay={self.layer_decay} must be in (0, 1], drop_path={self.drop_path} in [0, 1).")
+        for name in ("identity_blocks", "no_mirroring"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be true or false.")
         _ = self.encoder
 
     @classmethod
@@ -115,4 +126,4 @@ class FineTuneSettings:
 
     def same_network(self, other: FineTuneSettings) -> bool:
         """Whether both describe the same network, so that one's checkpoint fits the other."""
-        return all(getattr(self, n) == getattr(other, n) for n in ("architecture", "window_hu", "feature_size"))
+        return all(getattr(self, name) == getattr(other, name) for name in NETWORK)

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunetv2_hiendmae.architectures.unetr import HiEndMAEUNETR
 from nnunetv2_hiendmae.intensity import CanonicalIntensity, ChannelIntensity, clip_warning, plan_intensities
 from nnunetv2_hiendmae.optim import FineTuneSchedule, layer_decay_groups
-from nnunetv2_hiendmae.settings import BLOCK, FineTuneSettings
+from nnunetv2_hiendmae.settings import BLOCK, NETWORK, FineTuneSettings
 from nnunetv2_hiendmae.weights import Weights, find_weights, load_encoder, load_weights
 
 
@@ -72,7 +72,12 @@ class nnUNetTrainerHiEndMAE(nnUNetTrainer):
             feature_size=settings.feature_size,
             intensity=CanonicalIntensity(channels),
             drop_path=settings.drop_path,
+            identity_blocks=settings.identity_blocks,
         )
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:
+        choices = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        return without_mirroring(self, choices) if self.settings.no_mirroring else choices
 
     def initialize(self) -> None:
         """Resolve the settings, build everything as nnU-Net does, then copy the encoder's weights in."""
@@ -116,9 +121,11 @@ class nnUNetTrainerHiEndMAE(nnUNetTrainer):
         if self._resuming:
             if saved is None:
                 raise ValueError(f"{self.output_folder_base}/plans.json lacks the '{BLOCK}' block of the first run.")
-            names = ("architecture", "window_hu", "feature_size", "weights", "weights_sha256")
+            names = (*NETWORK, "weights", "weights_sha256")
             self.settings = replace(self.settings, **{n: getattr(saved, n) for n in names})
         elif self.pretrained:
+            if self.settings.identity_blocks:
+                raise ValueError("identity_blocks leaves no blocks for weights; use -tr nnUNetTrainerHiEndMAE_scratch.")
             weights = self._find_weights()
             self.settings = self.settings.resolved(
                 weights.architecture, weights.window_hu, weights=str(weights.path), weights_sha256=weights.sha256
@@ -176,6 +183,12 @@ class nnUNetTrainerHiEndMAE(nnUNetTrainer):
         except ValueError as error:
             self.print_to_log_file(f"ERROR: {error}")
             raise SystemExit(1) from None
+
+
+def without_mirroring(trainer: nnUNetTrainer, choices: tuple[Any, ...]) -> tuple[Any, ...]:
+    """nnU-Net's rotation, 2D augmentation, patch size and mirrored axes, with no axis mirrored, nor in prediction."""
+    trainer.inference_allowed_mirroring_axes = None
+    return (*choices[:3], None)
 
 
 class nnUNetTrainerHiEndMAE_scratch(nnUNetTrainerHiEndMAE):

@@ -19,11 +19,20 @@ import nnunetv2_hiendmae
 PACKAGE = Path(nnunetv2_hiendmae.__file__).parent
 
 
-@pytest.mark.parametrize("name", ["nnUNetTrainerHiEndMAE", "nnUNetTrainerHiEndMAE_scratch"])
-def test_nnunet_finds_the_trainer_a_plain_import_gives(name: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("trainer", "nnUNetTrainerHiEndMAE"),
+        ("trainer", "nnUNetTrainerHiEndMAE_scratch"),
+        ("benchmark.trainer", "nnUNetTrainerBudget"),
+        ("benchmark.trainer", "nnUNetPrimusBudget"),
+        ("benchmark.trainer", "nnUNetPrimusV2Budget"),
+    ],
+)
+def test_nnunet_finds_the_trainer_a_plain_import_gives(module: str, name: str) -> None:
     # nnUNetv2_train and nnUNetPredictor both resolve the trainer through this function.
     assert recursive_find_trainer_class_by_name(name) is getattr(
-        importlib.import_module("nnunetv2_hiendmae.trainer"), name
+        importlib.import_module(f"nnunetv2_hiendmae.{module}"), name
     )
 
 

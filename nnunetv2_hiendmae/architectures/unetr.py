@@ -77,6 +77,7 @@ class HiEndMAEUNETR(nn.Module):
         intensity: map from the input's intensities to the canonical ones; None takes the input as canonical.
         learned_pos_embed: train the position embedding, which starts as sine-cosine (published: yes).
         drop_path: stochastic-depth rate of the ViT's last block.
+        identity_blocks: control; the ViT's blocks pass their input on and have no parameters.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class HiEndMAEUNETR(nn.Module):
         intensity: CanonicalIntensity | None = None,
         learned_pos_embed: bool = True,
         drop_path: float = 0.0,
+        identity_blocks: bool = False,
     ) -> None:
         super().__init__()
         config = ViTConfig(**{**encoder.to_dict(), "in_channels": input_channels})
@@ -102,6 +104,8 @@ class HiEndMAEUNETR(nn.Module):
 
         self.intensity = intensity or CanonicalIntensity.identity(input_channels)
         self.vit = ViT(config, grid, class_token=False, learned_pos_embed=learned_pos_embed, drop_path=drop_path)  # type: ignore[arg-type]
+        if identity_blocks:
+            self.vit.blocks = nn.ModuleList(nn.Identity() for _ in range(config.depth))
         self.image_path = ResBlock(input_channels=input_channels, output_channels=feature_size)
         # Index k counts decoder steps: k = 0 joins the deepest tap after one step, the last the shallowest.
         self.tap_paths = nn.ModuleList(TapPath(config.embed_dim, features[k], steps[: k + 1]) for k in range(n))

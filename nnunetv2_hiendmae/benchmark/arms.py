@@ -1,0 +1,169 @@
+"""Arms: the default ones, the plans they train under, the command that trains them, and what differs between them."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunetv2_hiendmae.benchmark.grid import Arm, Grid, Run
+from nnunetv2_hiendmae.benchmark.splits import split_index, write_json
+from nnunetv2_hiendmae.cli import make_plans
+from nnunetv2_hiendmae.folders import preprocessed_folder, results_folder
+from nnunetv2_hiendmae.settings import BLOCK
+from nnunetv2_hiendmae.trainer import nnUNetTrainerHiEndMAE
+from nnunetv2_hiendmae.weights import load_weights
+
+# name, trainer, trainer under a budget, plans. Primus is left out of a grid by editing it.
+DEFAULTS = (
+    ("nnunet", "nnUNetTrainer", "nnUNetTrainerBudget", "nnUNetPlans"),
+    ("resenc_l", "nnUNetTrainer", "nnUNetTrainerBudget", "nnUNetResEncUNetLPlans"),
+    ("primus_m", "nnUNet_Primus_M_Trainer", "nnUNetPrimusBudget", "nnUNetPlans"),
+    ("primusv2_m", "nnUNet_PrimusV2M_Trainer", "nnUNetPrimusV2Budget", "nnUNetPlans"),
+    ("scratch", "nnUNetTrainerHiEndMAE_scratch", "nnUNetTrainerHiEndMAE_scratch", "nnUNetPlans"),
+    ("hiendmae", "nnUNetTrainerHiEndMAE", "nnUNetTrainerHiEndMAE", "nnUNetPlans"),
+)
+
+# What an nnU-Net trainer can do otherwise than nnUNetTrainer, and readers should know.
+METHODS = (
+    "build_network_architecture",
+    "configure_optimizers",
+    "_build_loss",
+    "train_step",
+    "get_training_transforms",
+    "get_validation_transforms",
+    "configure_rotation_dummyDA_mirroring_and_inital_patch_size",
+    "get_dataloaders",
+    "do_split",
+    "perform_actual_validation",
+)
+
+
+def default_arms(plans: str, weights: str | None, budget: bool) -> tuple[Arm, ...]:
+    """The six arms of a comparison with nnU-Net; ``plans`` for all but ResEnc-L, ``weights`` for Hi-End-MAE."""
+    return tuple(
+        Arm(
+            name=name,
+            trainer=budgeted if budget else trainer,
+            plans=plans if own == "nnUNetPlans" else own,
+            weights=weights if name == "hiendmae" else None,
+        )
+        for name, trainer, budgeted, own in DEFAULTS
+    )
+
+
+@lru_cache
+def trainer_class(name: str) -> type[nnUNetTrainer]:
+    """The class that ``-tr name`` trains with. ``ValueError`` if nnU-Net finds none."""
+    try:
+        return recursive_find_trainer_class_by_name(name)
+    except RuntimeError:
+        raise ValueError(f"nnU-Net finds no trainer '{name}'.") from None
+
+
+def plans_name(grid: Grid, arm: Arm) -> str:
+    """Plans that an arm trains under: its own, or those that ``write_plans`` makes of them."""
+    changes = grid.budget or grid.patch_size or grid.batch_size or arm.settings or needs_block(arm)
+    return f"{arm.plans}_{grid.name}_{arm.name}" if changes else arm.plans
+
+
+def needs_block(arm: Arm) -> bool:
+    """Whether the arm's weights go into the plans (Hi-End-MAE) instead of nnU-Net's ``-pretrained_weights``."""
+    if arm.weights is None:
+        return False
+    cls = trainer_class(arm.trainer)
+    if issubclass(cls, nnUNetTrainerHiEndMAE) and not cls.pretrained:
+        raise ValueError(f"Arm {arm.name}: {arm.trainer} takes no weights.")
+    return issubclass(cls, nnUNetTrainerHiEndMAE)
+
+
+def write_plans(grid: Grid, dataset: str, arm: Arm) -> Path:
+    """Write the arm's plans into the preprocessed folder if they differ from what is there; returns the file.
+
+    Raises:
+        ValueError: no such plans, or settings, weights or sizes that cannot be.
+    """
+    folder = preprocessed_folder(dataset)
+    source, name = folder / f"{arm.plans}.json", plans_name(grid, arm)
+    if not source.is_file():
+        raise ValueError(
+            f"Arm {arm.name}: {source} does not exist. Run 'nnUNetv2_plan_and_preprocess' for these plans, or take "
+            f"the arm out of the grid."
+        )
+    target = folder / f"{name}.json"
+    if target == source:
+        return source
+    settings = {**grid.budget, **arm.settings}
+    if needs_block(arm):
+        weights = load_weights(str(arm.weights))
+        settings |= {"weights": str(weights.path.absolute()), "weights_sha256": weights.sha256}
+    plans = make_plans(load_json(str(source)), name, settings, grid.patch_size, grid.batch_size)
+    if not target.is_file() or load_json(str(target)) != plans:
+        write_json(target, plans)
+    return target
+
+
+def configuration_of(plans_file: Path, configuration: str) -> dict[str, Any]:
+    """One configuration of a plans file, inheritance resolved. ``ValueError`` if it has none of that name."""
+    return PlansManager(load_json(str(plans_file))).get_configuration(configuration).configuration
+
+
+def plans_file(grid: Grid, run: Run) -> Path:
+    """The plans file that a run trains under."""
+    return preprocessed_folder(run.dataset) / f"{plans_name(grid, run.arm)}.json"
+
+
+def fold_folder(grid: Grid, run: Run) -> Path:
+    """Where nnU-Net writes the run: ``…/<trainer>__<plans>__<configuration>/fold_<entry>``."""
+    index = split_index(preprocessed_folder(run.dataset), run.fold, run.labels, run.seed)
+    model = f"{run.arm.trainer}__{plans_name(grid, run.arm)}__{run.configuration}"
+    return results_folder() / run.dataset / model / f"fold_{index}"
+
+
+def train_command(grid: Grid, run: Run) -> list[str]:
+    """The plain ``nnUNetv2_train`` command of a run."""
+    index = split_index(preprocessed_folder(run.dataset), run.fold, run.labels, run.seed)
+    words = ["nnUNetv2_train", run.dataset, run.configuration, str(index)]
+    words += ["-tr", run.arm.trainer, "-p", plans_name(grid, run.arm), "-device", grid.device]
+    if run.arm.weights is not None and not needs_block(run.arm):
+        words += ["-pretrained_weights", run.arm.weights]
+    return words
+
+
+def replaced_methods(trainer: str) -> list[str]:
+    """Which of ``METHODS`` a trainer does not take from ``nnUNetTrainer``."""
+    cls = trainer_class(trainer)
+    return [name for name in METHODS if getattr(cls, name) is not getattr(nnUNetTrainer, name)]
+
+
+def differences(grid: Grid, dataset: str, configuration: str) -> dict[str, dict[str, str]]:
+    """What is set for each arm, by arm and then by property; everything else is nnU-Net's default for all."""
+    table = {}
+    for arm in grid.arms:
+        values = configuration_of(preprocessed_folder(dataset) / f"{plans_name(grid, arm)}.json", configuration)
+        block = values.get(BLOCK, {})
+        ours = issubclass(trainer_class(arm.trainer), nnUNetTrainerHiEndMAE)
+        table[arm.name] = {
+            "trainer": arm.trainer,
+            "plans": plans_name(grid, arm),
+            "data": values["data_identifier"],
+            "spacing (mm)": " × ".join(f"{s:.3g}" for s in values["spacing"]),
+            "patch size": " × ".join(str(s) for s in values["patch_size"]),
+            "batch size": str(values["batch_size"]),
+            "network of the plans": "not used" if ours else network_words(values["architecture"]),
+            "weights": str(block.get("weights_sha256") or arm.weights or "none named"),
+            "settings": ", ".join(f"{k}={v}" for k, v in arm.settings.items()) or "none",
+            "replaces of nnUNetTrainer": ", ".join(replaced_methods(arm.trainer)) or "nothing",
+        }
+    return table
+
+
+def network_words(architecture: dict[str, Any]) -> str:
+    """Class and depth of the network in the plans."""
+    name = architecture["network_class_name"].rpartition(".")[2]
+    return f"{name}, {architecture['arch_kwargs']['n_stages']} stages"

@@ -1,0 +1,133 @@
+"""``hiendmae_benchmark``: plan, run and report a comparison with nnU-Net."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from nnunetv2_hiendmae.benchmark.arms import default_arms
+from nnunetv2_hiendmae.benchmark.grid import GRID_FILE, Grid, parse_labels, read_grid
+from nnunetv2_hiendmae.benchmark.plan import COMMANDS_FILE, differences_text, plan
+from nnunetv2_hiendmae.benchmark.report import report
+from nnunetv2_hiendmae.benchmark.run import run_part
+from nnunetv2_hiendmae.benchmark.trainer import BUDGET
+from nnunetv2_hiendmae.folders import preprocessed_folder
+
+EXAMPLE = """examples:
+  hiendmae_benchmark plan -o bench -d 17 -labels 1 5 10% all -seeds 0 1 2 -weights weights.pth
+  hiendmae_benchmark plan -o bench -grid bench/grid.json     (after editing it)
+  hiendmae_benchmark run -o bench [-part_id 0 -num_parts 4]
+  hiendmae_benchmark report -o bench
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Three verbs; ``-o`` is the benchmark's folder in each."""
+    p = argparse.ArgumentParser(
+        prog="hiendmae_benchmark",
+        description="Compare Hi-End-MAE with nnU-Net's own trainers under one budget.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = p.add_subparsers(dest="verb", required=True, metavar="{plan,run,report}")
+    add_plan_flags(verbs.add_parser("plan", help="write grid, label budgets, plans and commands"))
+    r = verbs.add_parser("run", help="run what is not finished")
+    r.add_argument("-part_id", type=int, default=0, metavar="N", help="this part [0]")
+    r.add_argument("-num_parts", type=int, default=1, metavar="N", help="parts that share the runs [1]")
+    c = verbs.add_parser("report", help="Markdown, CSV and HTML from what was run")
+    c.add_argument("-tolerance_mm", type=float, default=2.0, metavar="MM", help="of the surface Dice [2]")
+    for verb in verbs.choices.values():
+        verb.add_argument("-o", required=True, type=Path, metavar="FOLDER", help="the benchmark's folder")
+    return p
+
+
+def add_plan_flags(p: argparse.ArgumentParser) -> None:
+    """Flags of ``plan``: a grid file, or the fields of one with the default arms."""
+    p.add_argument("-grid", type=Path, metavar="FILE", help="grid.json to plan; the flags below then do not apply")
+    p.add_argument("-name", metavar="NAME", help="of the grid, part of the plans' names [bench]")
+    p.add_argument("-d", nargs="+", metavar="DATASET", help="data set names or ids")
+    p.add_argument("-c", nargs="+", metavar="CONFIGURATION", help="[3d_fullres]")
+    p.add_argument("-f", nargs="+", type=int, metavar="FOLD", help="folds whose validation cases are the test [0]")
+    p.add_argument("-labels", nargs="+", metavar="N", help="label budgets: cases, percent (10%%), all [all]")
+    p.add_argument("-seeds", nargs="+", type=int, metavar="N", help="label subsets drawn for each budget [0]")
+    p.add_argument("-p", metavar="PLANS", help="plans of all default arms but ResEnc-L [nnUNetPlans]")
+    p.add_argument("-weights", metavar="FILE", help="of the Hi-End-MAE arm [found by the trainer]")
+    p.add_argument("-arms", nargs="+", metavar="ARM", help="which of the default arms [all six]")
+    p.add_argument("-num_epochs", type=int, metavar="N", help="of every arm [each trainer's own]")
+    p.add_argument("-num_iterations_per_epoch", type=int, metavar="N", help="of every arm [each trainer's own]")
+    p.add_argument("-num_val_iterations_per_epoch", type=int, metavar="N", help="of every arm [each trainer's own]")
+    p.add_argument("--no_mirroring", action="store_true", default=None, help="for left and right organs; every arm")
+    p.add_argument("-patch_size", type=int, nargs=3, metavar="N", help="of every arm [that of its plans]")
+    p.add_argument("-batch_size", type=int, metavar="N", help="of every arm [that of its plans]")
+    p.add_argument("-device", choices=("cuda", "cpu", "mps"), help="[cuda]")
+
+
+def grid_of(args: argparse.Namespace) -> Grid:
+    """The grid that the flags of ``plan`` describe. ``ValueError`` for a user's mistake."""
+    own = {k: v for k, v in vars(args).items() if k not in ("verb", "o", "grid") and v is not None}
+    if args.grid is not None:
+        if own:
+            raise ValueError(f"-grid excludes {', '.join('-' + name for name in own)}; edit {args.grid} instead.")
+        return read_grid(args.grid)
+    if args.d is None:
+        raise ValueError("plan needs -d DATASET, or -grid FILE.")
+    wanted, budget = own.pop("arms", None), any(name in BUDGET for name in own)
+    arms = default_arms(own.pop("p", "nnUNetPlans"), own.pop("weights", None), budget)
+    unknown = set(wanted or ()) - {arm.name for arm in arms}
+    if unknown:
+        raise ValueError(f"-arms {' '.join(sorted(unknown))}: the default arms are {', '.join(a.name for a in arms)}.")
+    return Grid(
+        name=own.pop("name", "bench"),
+        datasets=tuple(preprocessed_folder(d).name for d in own.pop("d")),
+        configurations=tuple(own.pop("c", ("3d_fullres",))),
+        folds=tuple(own.pop("f", (0,))),
+        labels=tuple(parse_labels(word) for word in own.pop("labels", ("all",))),
+        arms=tuple(arm for arm in arms if wanted is None or arm.name in wanted),
+        **own,
+    )
+
+
+def plan_verb(args: argparse.Namespace) -> int:
+    """Write the grid and what it needs; say what differs between the arms."""
+    grid = grid_of(args)
+    added = plan(grid, args.o)
+    print(differences_text(grid))
+    print(f"{len(grid.runs())} runs in {args.o / GRID_FILE}; {added} new splits for label budgets.")
+    print(f"Train with 'hiendmae_benchmark run -o {args.o}', or with the plain commands in {args.o / COMMANDS_FILE}.")
+    return 0
+
+
+def run_verb(args: argparse.Namespace) -> int:
+    """Run what is not finished; 1 if a run failed."""
+    if not 0 <= args.part_id < args.num_parts:
+        raise ValueError(f"-part_id {args.part_id} must be 0 to {args.num_parts - 1} (-num_parts {args.num_parts}).")
+    failures = run_part(read_grid(args.o / GRID_FILE), args.part_id, args.num_parts, args.o / "logs")
+    for line in failures:
+        print(f"FAILED {line}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def report_verb(args: argparse.Namespace) -> int:
+    """Write the report; 1 if a run is missing or changed."""
+    if not args.tolerance_mm > 0:
+        raise ValueError(f"-tolerance_mm {args.tolerance_mm} must be positive.")
+    failures = report(read_grid(args.o / GRID_FILE), args.o, args.tolerance_mm)
+    for line in failures:
+        print(line, file=sys.stderr)
+    print(f"Report in {args.o / 'report.html'} and {args.o / 'report.md'}.")
+    return 1 if failures else 0
+
+
+def main() -> NoReturn:
+    """Entry point; exit 2 and one line for a user's mistake."""
+    p = parser()
+    args = p.parse_args()
+    try:
+        code = {"plan": plan_verb, "run": run_verb, "report": report_verb}[args.verb](args)
+    except ValueError as error:
+        p.exit(2, f"hiendmae_benchmark: error: {error}\n")
+    except KeyboardInterrupt:
+        p.exit(130, "hiendmae_benchmark: interrupted; the same command continues\n")
+    p.exit(code)

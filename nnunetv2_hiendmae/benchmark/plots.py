@@ -1,0 +1,110 @@
+"""The report's figures, as SVG text that is the same for the same numbers."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from nnunetv2_hiendmae.benchmark.collect import Result, mean_of
+from nnunetv2_hiendmae.benchmark.grid import Grid
+from nnunetv2_hiendmae.benchmark.tables import Cell, Comparison, cells, of_cell, organs_of, run_mean
+
+AXIS = {"dice": "Dice", "nsd": "surface Dice (NSD)", "hd95": "HD95 (mm)"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One figure of the report."""
+
+    title: str
+    svg: bytes
+
+
+def to_svg(figure: Figure) -> bytes:
+    """SVG without date and with fixed ids."""
+    file = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "hiendmae_benchmark"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
+def colour(index: int) -> str:
+    """Of the arm of that index, the same in every figure."""
+    return f"C{index % 10}"
+
+
+def label_curves(grid: Grid, results: list[Result], dataset: str, configuration: str, metric: str) -> Picture:
+    """Metric over labelled cases: a line through each arm's means, a dot for each finished run."""
+    figure = Figure(figsize=(5.2, 3.9), layout="constrained")
+    axis = figure.subplots()
+    ticks = set()
+    for i, arm in enumerate(grid.arms):
+        dots: dict[int, list[float]] = {}  # by training cases
+        for cell in cells(grid):
+            if cell[:2] != (dataset, configuration):
+                continue
+            for result in of_cell(results, cell, arm.name):
+                ticks.add(result.train_cases)
+                value = run_mean(result, metric) if result.status == "finished" else None
+                if value is not None:
+                    dots.setdefault(result.train_cases, []).append(value)
+        x = sorted(dots)
+        axis.plot(x, [sum(dots[n]) / len(dots[n]) for n in x], color=colour(i), label=plain(arm.name))
+        axis.scatter([n for n in x for _ in dots[n]], [v for n in x for v in dots[n]], 14, color=colour(i), alpha=0.6)
+    axis.set_xscale("log")
+    axis.set_xticks(sorted(ticks), [str(n) for n in sorted(ticks)])
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xlabel("labelled training cases")
+    axis.set_ylabel(AXIS[metric])
+    axis.legend(frameon=False, fontsize=8)
+    axis.grid(alpha=0.3)
+    return Picture(title=f"{AXIS[metric]} over labels, {dataset}, {configuration}", svg=to_svg(figure))
+
+
+def organ_dots(grid: Grid, results: list[Result], cell: Cell, metric: str) -> Picture:
+    """Metric by organ: a mark for each arm's mean over its finished runs."""
+    organs = organs_of(results, cell[0])
+    figure = Figure(figsize=(5.2, 1.2 + 0.33 * max(len(organs), 3)), layout="constrained")
+    axis = figure.subplots()
+    for i, arm in enumerate(grid.arms):
+        done = [r for r in of_cell(results, cell, arm.name) if r.status == "finished"]
+        means = [mean_of([run_mean(r, metric, organ) for r in done]) for organ in organs]
+        there = [(m, y + 0.12 * (i - (len(grid.arms) - 1) / 2)) for y, m in enumerate(means) if m is not None]
+        axis.scatter([m for m, _ in there], [y for _, y in there], 26, color=colour(i), label=plain(arm.name))
+    axis.set_yticks(range(len(organs)), [plain(o) for o in organs])
+    axis.set_ylim(len(organs) - 0.5, -0.5)
+    axis.set_xlabel(AXIS[metric])
+    axis.legend(frameon=False, fontsize=8)
+    axis.grid(alpha=0.3)
+    return Picture(title=f"{AXIS[metric]} by organ, {cell[0]}, {cell[1]}, {cell[2]} labels", svg=to_svg(figure))
+
+
+def forest(grid: Grid, made: list[Comparison], dataset: str, configuration: str, metric: str) -> Picture:
+    """Paired differences from the first arm with their 95 % intervals."""
+    rows = [c for c in made if c.cell[:2] == (dataset, configuration) and c.metric == metric]
+    names = [arm.name for arm in grid.arms]
+    figure = Figure(figsize=(5.2, 1.3 + 0.28 * max(len(rows), 2)), layout="constrained")
+    axis = figure.subplots()
+    for y, c in enumerate(rows):
+        mean = mean_of(list(c.differences))
+        if mean is None:
+            axis.text(0, y, "missing", va="center", ha="center", fontsize=8)
+            continue
+        axis.scatter([mean], [y], 26, color=colour(names.index(c.arm)))
+        if c.interval:
+            axis.plot(c.interval, [y, y], color=colour(names.index(c.arm)))
+    axis.axvline(0, color="0.4", linewidth=0.8)
+    axis.set_yticks(range(len(rows)), [f"{c.cell[2]} labels, {plain(c.arm)}" for c in rows], fontsize=8)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xlabel(f"difference in {AXIS[metric]} from {plain(names[0])}")
+    axis.grid(alpha=0.3, axis="x")
+    return Picture(title=f"Paired differences, {AXIS[metric]}, {dataset}, {configuration}", svg=to_svg(figure))
+
+
+def plain(name: str) -> str:
+    """A name that matplotlib neither reads as formula nor hides from the legend."""
+    return name.replace("$", r"\$").lstrip("_")

@@ -1,0 +1,156 @@
+"""Run what is not finished: start, continue or validate each run with a plain nnU-Net command, and record it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from batchgenerators.utilities.file_and_folder_operations import load_json
+
+from nnunetv2_hiendmae.benchmark.arms import fold_folder, plans_file, train_command
+from nnunetv2_hiendmae.benchmark.grid import Grid, Run
+from nnunetv2_hiendmae.benchmark.record import (
+    FINAL,
+    SUMMARY,
+    RunRecord,
+    file_sha256,
+    measure,
+    read_record,
+    versions,
+    write_record,
+)
+from nnunetv2_hiendmae.benchmark.splits import SPLITS_FILE, split_index, split_sha256
+from nnunetv2_hiendmae.folders import preprocessed_folder
+
+CHECKPOINTS = ("checkpoint_latest.pth", "checkpoint_best.pth")  # of a training that was interrupted
+
+
+def state_of(folder: Path) -> str:
+    """``finished``, ``validate`` (trained, not evaluated), ``continue`` (has a checkpoint) or ``new``."""
+    if (folder / FINAL).is_file():
+        return "finished" if (folder / SUMMARY).is_file() else "validate"
+    return "continue" if any((folder / name).is_file() for name in CHECKPOINTS) else "new"
+
+
+def expected_record(grid: Grid, run: Run) -> RunRecord:
+    """The record of a run that starts now."""
+    folder = preprocessed_folder(run.dataset)
+    split = load_json(str(folder / SPLITS_FILE))[split_index(folder, run.fold, run.labels, run.seed)]
+    return RunRecord(
+        command=shlex.join(train_command(grid, run)),
+        plans_sha256=file_sha256(plans_file(grid, run)),
+        split_sha256=split_sha256(split),
+        versions=versions(),
+    )
+
+
+def stale(record: RunRecord, expected: RunRecord) -> str | None:
+    """Why a recorded run is not the one the grid asks for now; None if it is."""
+    for name, words in (("plans_sha256", "plans"), ("split_sha256", "training or validation cases")):
+        if getattr(record, name) != getattr(expected, name):
+            return f"it was made with other {words} than the grid has now"
+    return None
+
+
+def perform(grid: Grid, run: Run, logs: Path) -> None:
+    """Bring one run to its end; nothing is done for a finished and recorded one.
+
+    Raises:
+        RuntimeError: the command failed or left no summary; names the log and its last lines.
+        ValueError: the run folder holds another run than the grid asks for.
+    """
+    folder, expected = fold_folder(grid, run), expected_record(grid, run)
+    record, state = read_record(folder), state_of(folder)
+    reason = record and stale(record, expected)
+    if reason:
+        raise ValueError(f"{folder}: {reason}. Remove the folder, or give the grid another name.")
+    if state == "finished" and record and record.summary_sha256:
+        return
+    memory: dict[str, float | None] = {}
+    if state != "finished":
+        folder.mkdir(parents=True, exist_ok=True)
+        write_record(folder, record or expected)
+        command = train_command(grid, run)
+        if state != "new" and "-pretrained_weights" in command:  # the checkpoint has them; nnU-Net refuses both
+            command = command[: command.index("-pretrained_weights")]
+        command += {"new": [], "continue": ["--c"], "validate": ["--val"]}[state]
+        memory = watch(command, logs / f"{run.name.replace('/', '_').replace(' ', '_')}.log")
+        if state_of(folder) != "finished":
+            raise RuntimeError(f"'{shlex.join(command)}' ended without {folder / SUMMARY}.")
+    write_record(folder, replace(record or expected, **measure(folder), **larger(record, memory)))
+
+
+def larger(record: RunRecord | None, memory: dict[str, float | None]) -> dict[str, Any]:
+    """The peaks of a run over its interruptions."""
+    before = {name: getattr(record, name, None) for name in ("peak_memory_mb", "peak_gpu_memory_mb")}
+    return {name: max((v for v in (old, memory.get(name)) if v), default=None) for name, old in before.items()}
+
+
+def watch(command: list[str], log: Path) -> dict[str, float | None]:
+    """Run a command of this environment, its output appended to a log; returns its peak memory.
+
+    Raises:
+        RuntimeError: it failed; with the end of the log.
+    """
+    print(f"$ {shlex.join(command)}", flush=True)
+    beside = Path(sys.executable).with_name(command[0])  # on the PATH or not
+    words = [str(beside) if beside.exists() else command[0], *command[1:]]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as file:
+        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
+        done = threading.Event()
+        gpu: list[float] = []
+        sampler = threading.Thread(target=sample_gpu, args=(gpu, done), daemon=True)
+        sampler.start()
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise
+        finally:
+            done.set()
+            sampler.join()
+    process.returncode = code = os.waitstatus_to_exitcode(status)
+    if code:
+        end = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+        raise RuntimeError(f"'{shlex.join(command)}' ended with exit code {code}. The end of {log}:\n{end}")
+    kilobytes = usage.ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+    return {"peak_memory_mb": round(kilobytes / 1024), "peak_gpu_memory_mb": max(gpu, default=None)}
+
+
+def sample_gpu(samples: list[float], done: threading.Event) -> None:
+    """Append the memory in use on the first visible GPU, in MB, every second; nothing where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
+    query = ["nvidia-smi", "-i", gpu, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    while not done.wait(1):
+        answer = subprocess.run(query, capture_output=True, encoding="utf-8", check=False)
+        if answer.returncode or not answer.stdout.strip().isdigit():
+            return
+        samples.append(float(answer.stdout))
+
+
+def run_part(grid: Grid, part_id: int, num_parts: int, logs: Path) -> list[str]:
+    """Perform every ``num_parts``-th run, from ``part_id`` on; returns one line for each that failed.
+
+    A failed run does not keep the others from being made.
+    """
+    failures = []
+    mine: list[Any] = grid.runs()[part_id::num_parts]
+    for number, run in enumerate(mine, 1):
+        print(f"[{number}/{len(mine)}] {run.name}: {state_of(fold_folder(grid, run))}", flush=True)
+        try:
+            perform(grid, run, logs)
+        except (RuntimeError, ValueError) as error:
+            print(f"FAILED {run.name}: {error}", file=sys.stderr, flush=True)
+            failures.append(f"{run.name}: {str(error).splitlines()[0]}")
+    return failures

@@ -1,0 +1,200 @@
+"""plan, run and report as real commands on synthetic CT: two arms, one label budget."""
+
+from __future__ import annotations
+
+import csv
+import html
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import World
+
+from pretraining.phantom import write_phantoms
+
+pytestmark = pytest.mark.slow  # real trainings: one to four minutes on two cores
+
+DATASET = "Dataset903_Bench"
+TINY = {"patch_size": [8, 8, 8], "embed_dim": 24, "depth": 2, "num_heads": 2, "taps": [0, 1]}
+PLAN = (
+    "hiendmae_benchmark plan -o {out} -d 903 -labels 2 -arms nnunet scratch -num_epochs 1 -num_iterations_per_epoch 1 "
+    "-num_val_iterations_per_epoch 1 -patch_size 16 16 16 -batch_size 2 -device cpu"
+)
+
+
+def fold_folders(world: World) -> dict[str, Path]:
+    """Folder of the run of each arm."""
+    found = {p.parent.parent.name: p.parent for p in (world.root / "results").rglob("fold_*/hiendmae_run.json")}
+    return {("nnunet" if "Budget" in name else "scratch"): folder for name, folder in found.items()}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, Path]:
+    """A planned benchmark whose first run, nnU-Net's, is finished and whose second is not started."""
+    world = World(tmp_path_factory.mktemp("bench"))
+    write_phantoms(world.root / "raw", DATASET, num_training=6, num_test=0, spacing=(12.0, 12.0, 14.0))
+    world.run("nnUNetv2_plan_and_preprocess -d 903 -c 3d_fullres -np 1")
+    out = world.root / "out"
+    said = world.run(PLAN.format(out=out))
+    assert "2 runs in" in said and "1 new splits for label budgets" in said
+    grid = json.loads((out / "grid.json").read_text(encoding="utf-8"))
+    grid["arms"][1]["settings"] = {"architecture": TINY, "feature_size": 4}
+    (out / "grid.json").write_text(json.dumps(grid))
+    assert "0 new splits" in world.run(f"hiendmae_benchmark plan -o {out} -grid {out}/grid.json")
+    world.run(f"hiendmae_benchmark run -o {out} -part_id 0 -num_parts 2")
+    return world, out
+
+
+def report(bench: tuple[World, Path], ok: bool) -> str:
+    world, out = bench
+    return world.run(f"hiendmae_benchmark report -o {out}", ok=ok)
+
+
+def test_commands_are_plain_nnunet(bench: tuple[World, Path]) -> None:
+    _, out = bench
+    lines = (out / "commands.sh").read_text(encoding="utf-8").splitlines()
+    assert lines[1] == (
+        f"nnUNetv2_train {DATASET} 3d_fullres 5 -tr nnUNetTrainerBudget -p nnUNetPlans_bench_nnunet -device cpu"
+    )
+    assert len(lines) == 3 and "#SBATCH --array=1-2" in (out / "commands.slurm").read_text(encoding="utf-8")
+
+
+def test_missing_run_is_shown_and_told(bench: tuple[World, Path]) -> None:
+    said = report(bench, ok=False)
+    assert "2 labels/seed 0/scratch: MISSING: not started" in said and "Traceback" not in said
+    _, out = bench
+    assert "missing (0/1 runs)" in (out / "report.md").read_text(encoding="utf-8")
+    rows = list(csv.DictReader((out / "runs.csv").read_text(encoding="utf-8").splitlines()))
+    assert [(r["arm"], r["status"]) for r in rows] == [("nnunet", "finished"), ("scratch", "MISSING")]
+
+
+def test_finished_report(bench: tuple[World, Path]) -> None:
+    """All runs made, the report is complete, says the same everywhere, and is the same when made again."""
+    world, out = bench
+    world.run(f"hiendmae_benchmark run -o {out}")
+    assert "$ nnUNetv2_train" not in world.run(f"hiendmae_benchmark run -o {out}")  # nothing is left to do
+    report(bench, ok=True)
+    folders = fold_folders(world)
+    summary = json.loads((folders["nnunet"] / "validation" / "summary.json").read_text(encoding="utf-8"))
+    rows = {r["organ"]: r for r in csv.DictReader((out / "dice.csv").read_text(encoding="utf-8").splitlines())}
+    assert rows["mean"]["nnunet"] == f"{summary['foreground_mean']['Dice']:.3f}"
+    assert rows["liver"]["nnunet"] == f"{summary['mean']['1']['Dice']:.3f}"
+    page, text = (out / "report.html").read_text(encoding="utf-8"), (out / "report.md").read_text(encoding="utf-8")
+    assert not re.search(r"https?:|<script|<link|url\(", page) and page.count("data:image/svg+xml;base64,") >= 5
+    for name in ("dice", "nsd", "hd95", "comparisons", "cost", "runs"):
+        for row in csv.reader((out / f"{name}.csv").read_text(encoding="utf-8").splitlines()):
+            assert all(value in text and f">{html.escape(value)}<" in page for value in row if value)
+    record = json.loads((folders["scratch"] / "hiendmae_run.json").read_text(encoding="utf-8"))
+    assert record["parameters"] > 10_000 and record["seconds_per_volume"] > 0 and record["peak_memory_mb"] > 100
+    assert "| augmentation |" in text and re.search(r"\| augmentation \| (\w+) \| \1 \| same \|", text)
+    before = {file.name: file.read_bytes() for file in out.glob("*.*")}
+    for file in (*out.glob("*.csv"), out / "report.md", out / "report.html", out / "provenance.json"):
+        file.unlink()
+    report(bench, ok=True)
+    assert {file.name: file.read_bytes() for file in out.glob("*.*")} == before
+
+
+def raise_dice(folder: Path) -> None:
+    file = folder / "validation" / "summary.json"
+    summary = json.loads(file.read_text(encoding="utf-8"))
+    for entry in summary["metric_per_case"]:
+        entry["metrics"]["1"]["Dice"] = 0.99
+    summary["mean"]["1"]["Dice"] = 0.99
+    file.write_text(json.dumps(summary))
+
+
+def raise_mean(folder: Path) -> None:
+    file = folder / "validation" / "summary.json"
+    summary = json.loads(file.read_text(encoding="utf-8"))
+    summary["mean"]["3"]["Dice"] = 0.99
+    file.write_text(json.dumps(summary))
+
+
+def drop_case(folder: Path) -> None:
+    file = folder / "validation" / "summary.json"
+    summary = json.loads(file.read_text(encoding="utf-8"))
+    summary["metric_per_case"] = summary["metric_per_case"][1:]
+    file.write_text(json.dumps(summary))
+
+
+def other_prediction(folder: Path) -> None:
+    files = sorted(folder.glob("validation/*.nii.gz"))
+    files[0].unlink()
+
+
+@pytest.mark.parametrize(
+    ("tamper", "messages"),
+    [
+        (raise_dice, ["summary.json CHANGED since its run finished", "label 1 in summary.json is not that of its"]),
+        (raise_mean, ["summary.json CHANGED", "the mean Dice of label 3 is not the mean of its cases"]),
+        (drop_case, ["summary.json CHANGED", "summary.json has other cases than the split: phantom_"]),
+        (other_prediction, ["unreadable: FileNotFoundError"]),
+    ],
+)
+@pytest.mark.parametrize("recorded", [True, False])
+def test_tampering_is_noticed(bench: tuple[World, Path], tamper, messages: list[str], recorded: bool) -> None:
+    """Also in a run of plain commands, without a record, which the first report has seen."""
+    world, out = bench
+    folder = fold_folders(world)["nnunet"]
+    backup = shutil.copytree(folder, world.root / "backup")
+    try:
+        if not recorded:
+            (folder / "hiendmae_run.json").unlink()
+            (out / "provenance.json").unlink(missing_ok=True)
+            world.run(f"hiendmae_benchmark report -o {out}")
+        tamper(folder)
+        for _ in range(2):  # a second report must not get used to it
+            said = report(bench, ok=False)
+            line = next(line for line in said.splitlines() if line.startswith(DATASET) and "nnunet: CHANGED" in line)
+            for message in messages:
+                assert (message if recorded else message.replace("its run finished", "the first report")) in line
+    finally:
+        shutil.rmtree(folder)
+        shutil.move(backup, folder)
+    assert "0.99" not in (out / "dice.csv").read_text(encoding="utf-8")
+
+
+def test_interrupted_and_unevaluated_runs_are_finished(bench: tuple[World, Path]) -> None:
+    world, out = bench
+    folder = fold_folders(world)["nnunet"]
+    (folder / "validation" / "summary.json").unlink()
+    assert "nnunet: MISSING: no summary.json, though an earlier report or run had one" in report(bench, ok=False)
+    assert "-device cpu --val" in world.run(f"hiendmae_benchmark run -o {out}")
+    (folder / "validation" / "summary.json").unlink()
+    (folder / "checkpoint_final.pth").rename(folder / "checkpoint_latest.pth")
+    assert "-device cpu --c" in world.run(f"hiendmae_benchmark run -o {out}")
+    report(bench, ok=True)
+
+
+def test_failures_are_loud(bench: tuple[World, Path]) -> None:
+    """Other plans than a run was made with are refused, and the other runs are not kept from being made."""
+    world, out = bench
+    file = world.root / "preprocessed" / DATASET / "nnUNetPlans_bench_nnunet.json"
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace('"batch_size": 2', '"batch_size": 3'))
+    try:
+        said = world.run(f"hiendmae_benchmark run -o {out} -part_id 0 -num_parts 2", ok=False)
+        assert "it was made with other plans than the grid has now" in said and "Traceback" not in said
+        assert "it was made with other plans than the grid has now" in report(bench, ok=False)
+    finally:
+        file.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("plan -o x", "plan needs -d DATASET, or -grid FILE."),
+        ("plan -o x -d 903 -arms unet", "-arms unet: the default arms are nnunet, resenc_l"),
+        ("plan -o x -d 903", "nnUNetResEncUNetLPlans.json does not exist"),
+        ("plan -o x -d 903 -labels 9 -arms nnunet", "needs more than the 4 training cases"),
+        ("run -o nowhere", "grid.json does not exist. Write one with 'hiendmae_benchmark plan'."),
+        ("run -o nowhere -part_id 2", "-part_id 2 must be 0 to 0"),
+        ("report -o nowhere -tolerance_mm 0", "-tolerance_mm 0.0 must be positive"),
+    ],
+)
+def test_refused_in_one_line(bench: tuple[World, Path], command: str, message: str) -> None:
+    said = bench[0].run(f"hiendmae_benchmark {command}", ok=False)
+    assert message in said and "Traceback" not in said
+    assert not Path("x").exists()

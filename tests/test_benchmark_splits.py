@@ -1,0 +1,110 @@
+"""Label budgets: nested, same validation cases, original folds untouched, safe to repeat."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import DATASET, World
+
+from nnunetv2_hiendmae.benchmark.splits import (
+    BUDGETS_FILE,
+    SPLITS_FILE,
+    add_label_budgets,
+    labelled_subset,
+    number_of_cases,
+    split_index,
+)
+
+DATA = "nnUNetPlans_3d_fullres"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twenty training cases in fold 0, ten in fold 1."""
+    splits = [
+        {"train": [f"c{i:02d}" for i in range(20)], "val": ["v0", "v1"]},
+        {"train": [f"c{i:02d}" for i in range(10)], "val": ["c18", "c19"]},
+    ]
+    (tmp_path / SPLITS_FILE).write_text(json.dumps(splits))
+    return tmp_path
+
+
+def splits_of(folder: Path) -> list[dict]:
+    return json.loads((folder / SPLITS_FILE).read_text(encoding="utf-8"))
+
+
+def test_budgets_are_nested_and_keep_the_validation_cases(folder: Path) -> None:
+    before = splits_of(folder)
+    assert add_label_budgets(folder, DATA, (0, 1), (1, 4, "50%", "all"), (0, 1)) == 12
+    after = splits_of(folder)
+    assert after[:2] == before
+    for fold in (0, 1):
+        for seed in (0, 1):
+            one, four, half = (after[split_index(folder, fold, n, seed)] for n in (1, 4, "50%"))
+            assert set(one["train"]) < set(four["train"]) < set(half["train"]) < set(before[fold]["train"])
+            assert [len(s["train"]) for s in (one, four, half)] == [1, 4, len(before[fold]["train"]) // 2]
+            assert all(s["val"] == before[fold]["val"] for s in (one, four, half))
+    assert after[split_index(folder, 0, 4, 0)] != after[split_index(folder, 0, 4, 1)]
+    assert split_index(folder, 1, "all", 0) == 1
+
+
+def test_twice_changes_nothing_and_more_is_appended(folder: Path) -> None:
+    add_label_budgets(folder, DATA, (0,), (4,), (0,))
+    first = (folder / SPLITS_FILE).read_bytes()
+    assert add_label_budgets(folder, DATA, (0,), (4,), (0,)) == 0
+    assert (folder / SPLITS_FILE).read_bytes() == first
+    assert add_label_budgets(folder, DATA, (0,), (1, 4), (0,)) == 1
+    assert splits_of(folder)[: len(json.loads(first))] == json.loads(first)
+
+
+def test_changed_splits_are_noticed(folder: Path) -> None:
+    add_label_budgets(folder, DATA, (0,), (4,), (0,))
+    good = splits_of(folder)
+    for index, kind, message in ((2, "train", "entry 2 is no longer"), (0, "val", "other validation cases")):
+        splits = json.loads(json.dumps(good))
+        splits[index][kind] = splits[index][kind][1:]
+        (folder / SPLITS_FILE).write_text(json.dumps(splits))
+        for call in (
+            lambda: split_index(folder, 0, 4, 0),
+            lambda: add_label_budgets(folder, DATA, (0,), (4,), (0,)),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()
+    (folder / SPLITS_FILE).write_text(json.dumps(good[:2]))
+    with pytest.raises(ValueError, match=f"Restore it from {BUDGETS_FILE}"):
+        split_index(folder, 0, 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("fold", "labels", "message"),
+    [(0, 21, "needs more than the 20 training cases"), (2, 4, "Fold 2 is not among the folds")],
+)
+def test_refused(folder: Path, fold: int, labels: int, message: str) -> None:
+    before = (folder / SPLITS_FILE).read_bytes()
+    with pytest.raises(ValueError, match=message):
+        add_label_budgets(folder, DATA, (fold,), (labels,), (0,))
+    assert (folder / SPLITS_FILE).read_bytes() == before
+    with pytest.raises(ValueError, match="has no 3 labels of fold 0"):
+        split_index(folder, 0, 3, 0)
+
+
+def test_subset_does_not_depend_on_the_order_of_the_file() -> None:
+    cases = [f"c{i}" for i in range(9)]
+    assert labelled_subset(cases, 3, 7) == labelled_subset(cases[::-1], 3, 7)
+    assert (number_of_cases("1%", 45), number_of_cases("10%", 45), number_of_cases(45, 45)) == (1, 4, 45)
+
+
+def test_without_a_split_file_nnunets_own_folds_are_made(world: World, tmp_path: Path) -> None:
+    """They equal what nnU-Net wrote at its own first training."""
+    source = world.root / "preprocessed" / DATASET
+    (tmp_path / DATA).mkdir()
+    for file in (source / DATA).iterdir():
+        shutil.copy(file, tmp_path / DATA)
+    add_label_budgets(tmp_path, DATA, (0,), (1,), (0,))
+    if not (source / SPLITS_FILE).is_file():
+        world.run("hiendmae_plan -d 901 -plans_name tiny --epochs 1 --num_iterations_per_epoch 1 --feature_size 4")
+        world.run("nnUNetv2_train 901 3d_fullres 0 -tr nnUNetTrainerHiEndMAE_scratch -p tiny -device cpu")
+    assert splits_of(tmp_path)[:5] == json.loads((source / SPLITS_FILE).read_text(encoding="utf-8"))[:5]

@@ -1,0 +1,54 @@
+"""Controls: identity instead of the ViT's blocks, and an encoder that is frozen throughout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nnunetv2_hiendmae.architectures.unetr import HiEndMAEUNETR
+from nnunetv2_hiendmae.architectures.vit import ViTConfig
+from nnunetv2_hiendmae.optim import FineTuneSchedule, layer_decay_groups
+from nnunetv2_hiendmae.settings import FineTuneSettings
+
+ENCODER = ViTConfig(patch_size=(8, 8, 4), embed_dim=24, depth=4, num_heads=2, taps=(1, 2))
+
+
+def network(**kwargs: bool) -> HiEndMAEUNETR:
+    torch.manual_seed(0)
+    return HiEndMAEUNETR(ENCODER, input_channels=1, num_classes=3, img_size=(16, 24, 8), feature_size=4, **kwargs)
+
+
+def test_identity_blocks_have_no_parameters() -> None:
+    control, full = network(identity_blocks=True), network()
+    names, all_names = set(control.state_dict()), set(full.state_dict())
+    assert all_names - names == {name for name in all_names if name.startswith("vit.blocks.")}
+    assert control(torch.rand(1, 1, 16, 24, 8)).shape == (1, 3, 16, 24, 8)
+    x = torch.rand(1, 1, 16, 24, 8)
+    taps, final = control.vit(x)
+    embedded = control.vit.patch_embed(x) + control.vit.pos_embed
+    assert all(torch.equal(tap, embedded) for tap in taps)
+    assert torch.equal(final, control.vit.norm(embedded))
+
+
+def test_identity_blocks_are_another_network() -> None:
+    with_blocks, without = FineTuneSettings(), FineTuneSettings(identity_blocks=True)
+    assert not with_blocks.same_network(without)
+    with pytest.raises(ValueError, match="identity_blocks='yes' must be true or false"):
+        FineTuneSettings(identity_blocks="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("frozen_epochs", [3, 1])
+def test_frozen_encoder_keeps_every_bit(frozen_epochs: int) -> None:
+    """``frozen_epochs`` of all epochs: no tensor of the ViT changes, weight decay included; the decoder learns."""
+    net = network()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    optimizer = torch.optim.AdamW(layer_decay_groups(net, ENCODER.depth, 0.05, 1.0), 1e-2)
+    schedule = FineTuneSchedule(optimizer, 1e-2, 3, 0, frozen_epochs)
+    for epoch in range(3):
+        schedule.step(epoch)
+        optimizer.zero_grad()
+        net(torch.rand(1, 1, 16, 24, 8)).square().mean().backward()
+        optimizer.step()
+    changed = {name for name, tensor in net.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert any(name.startswith("up_blocks") for name in changed)
+    assert any(name.startswith("vit.") for name in changed) == (frozen_epochs < 3)
