@@ -12,10 +12,11 @@ from nnunetv2_hiendmae.benchmark.grid import GRID_FILE, Grid, parse_labels, read
 from nnunetv2_hiendmae.benchmark.plan import COMMANDS_FILE, differences_text, plan
 from nnunetv2_hiendmae.benchmark.report import report
 from nnunetv2_hiendmae.benchmark.run import run_part
-from nnunetv2_hiendmae.benchmark.trainer import BUDGET
+from nnunetv2_hiendmae.command import CommandParser
 from nnunetv2_hiendmae.folders import preprocessed_folder
+from nnunetv2_hiendmae.settings import BUDGET
 
-EXAMPLE = """examples:
+EXAMPLES = """Examples:
   hiendmae_benchmark plan -o bench -d 17 -labels 1 5 10% all -seeds 0 1 2 -weights weights.pth
   hiendmae_benchmark plan -o bench -grid bench/grid.json     (after editing it)
   hiendmae_benchmark run -o bench [-part_id 0 -num_parts 4]
@@ -23,13 +24,12 @@ EXAMPLE = """examples:
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """Three verbs; ``-o`` is the benchmark's folder in each."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         prog="hiendmae_benchmark",
         description="Compare Hi-End-MAE with nnU-Net's own trainers under one budget.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
     )
     verbs = p.add_subparsers(dest="verb", required=True, metavar="{plan,run,report}")
     add_plan_flags(verbs.add_parser("plan", help="write grid, label budgets, plans and commands"))
