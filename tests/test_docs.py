@@ -29,7 +29,7 @@ def command_lines() -> list[str]:
     for page in [CHECKOUT / "README.md", *PAGES]:
         for block in BLOCK.findall(page.read_text(encoding="utf-8")):
             for line in re.split(r"\n|&&|;", block.replace("\\\n", " ")):
-                words = shlex.split(line, comments=True) if "hiendmae_" in line else []
+                words = shlex.split(re.sub(r"\$\w+", "1", line), comments=True) if "hiendmae_" in line else []
                 while words and "=" in words[0]:
                     words = words[1:]
                 if words and words[0].startswith("hiendmae_"):
