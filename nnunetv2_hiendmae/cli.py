@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
 
+from nnunetv2_hiendmae.command import CommandParser
 from nnunetv2_hiendmae.folders import preprocessed_folder
 from nnunetv2_hiendmae.patch import with_patch_size
 from nnunetv2_hiendmae.settings import BLOCK, FineTuneSettings
@@ -19,7 +20,7 @@ from nnunetv2_hiendmae.weights import load_weights
 ALIASES = {"num_epochs": ["--epochs"]}
 NOT_FLAGS = ("weights_sha256",)
 
-EXAMPLE = """examples:
+EXAMPLES = """Examples:
   hiendmae_plan -d 17 --weights weights.pth --epochs 100
   nnUNetv2_train 17 3d_fullres 0 -p nnUNetPlans_hiendmae -tr nnUNetTrainerHiEndMAE
 """
@@ -60,14 +61,13 @@ def make_plans(
     return {**source, "plans_name": plans_name, "configurations": configurations}
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """One flag a setting: its name, with one dash or two."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         prog="hiendmae_plan",
         usage="hiendmae_plan -d 17 [-p nnUNetPlans] [-plans_name NAME] [--weights FILE] [--epochs 100] [...]",
         description="Write fine-tuning settings into new plans, made from existing ones without preprocessing again.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
     )
     p.add_argument("-d", required=True, metavar="DATASET", help="data set name or id")
     p.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans to start from [nnUNetPlans]")

@@ -9,24 +9,24 @@ from typing import NoReturn
 
 import torch
 
+from nnunetv2_hiendmae.command import CommandParser
 from nnunetv2_hiendmae.foreign import Imported, import_official
 from nnunetv2_hiendmae.intensity import DEFAULT_WINDOW
 from nnunetv2_hiendmae.nnssl import PLAN, from_nnssl, to_nnssl
 from nnunetv2_hiendmae.weights import FORMAT, atomic_file, load_tensors, load_weights, save_weights
 
-EXAMPLE = """examples:
+EXAMPLES = """Examples:
   hiendmae_import_weights hi_end_mae_10k.pth -o weights.pth      the authors' released checkpoint
   hiendmae_import_weights nnssl_style.pth -o weights.pth         a checkpoint written with --nnssl
   hiendmae_import_weights weights.pth -o nnssl_style.pth --nnssl
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+def parser() -> CommandParser:
+    p = CommandParser(
         prog="hiendmae_import_weights",
         description="Convert pre-trained weights for nnUNetTrainerHiEndMAE. Nothing is downloaded.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
     )
     p.add_argument("source", type=Path, help="checkpoint to read (the authors', nnssl-style, or a weights file)")
     p.add_argument("-o", dest="output", type=Path, required=True, metavar="FILE", help="file to write")

@@ -14,6 +14,9 @@ BLOCK = "hiendmae"
 NETWORK = ("architecture", "window_hu", "feature_size", "identity_blocks")
 """The settings that make the network what it is: a checkpoint fits only if they agree."""
 
+BUDGET = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "no_mirroring")
+"""The settings that every arm of a benchmark shares, nnU-Net's own trainers too."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuneSettings:

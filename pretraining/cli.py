@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from nnunetv2_hiendmae.command import CommandParser
 from nnunetv2_hiendmae.intensity import DEFAULT_WINDOW
 from pretraining import distributed
 from pretraining.checkpoint import FINAL, LATEST, OLDER, run_folder
@@ -25,7 +26,7 @@ from pretraining.preprocessed import DataSet, PreprocessedCorpus, default_plans
 from pretraining.stream import split_cases, steps_of_epochs
 from pretraining.train import train
 
-EXAMPLE = """examples:
+EXAMPLES = """Examples:
   hiendmae_pretrain -d 500                                     one GPU, published model, crops of 96³ voxels
   hiendmae_pretrain -d 501 502 -preset tiny -device cpu -steps 300
   hiendmae_pretrain -packed HiEndMAE_packed_500 -num_gpus 4 -batch_size 768     the published batch
@@ -44,14 +45,13 @@ class Job:
     resume: bool
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """All flags; the long forms are nnU-Net's where it has them."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         prog="hiendmae_pretrain",
         usage="hiendmae_pretrain -d 500 [-preset large_p12] [-device cuda] [--c] [...]",
         description="Pre-train a Hi-End-MAE encoder on data sets that nnU-Net preprocessed.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
     )
     add_data_and_model(p)
     p.add_argument("-num_gpus", type=int, default=1, help="processes on this machine, also with -device cpu [1]")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -17,6 +16,7 @@ import SimpleITK as sitk
 import torch
 from matplotlib.figure import Figure
 
+from nnunetv2_hiendmae.command import CommandParser
 from pretraining.checkpoint import FINAL, load_checkpoint
 from pretraining.config import RunConfig
 from pretraining.corpus import to_canonical
@@ -148,15 +148,23 @@ def dice_table_of(out: Path) -> str:
     return dice_table(out / "predictions" / "summary.json")
 
 
-def main() -> None:
-    """Entry point."""
-    p = argparse.ArgumentParser(
-        prog="hiendmae_demo", usage="hiendmae_demo [-o FOLDER] [-device cpu]", description=__doc__
+def parser() -> CommandParser:
+    p = CommandParser(
+        prog="hiendmae_demo",
+        usage="hiendmae_demo [-o FOLDER] [-device cpu]",
+        description=__doc__,
+        examples="Example:\n  hiendmae_demo        writes ./hiendmae_demo; about five minutes on two CPU cores\n",
     )
     p.add_argument("-o", type=Path, default=Path("hiendmae_demo"), metavar="FOLDER", help="scratch [./hiendmae_demo]")
     p.add_argument("-device", default="cpu", choices=("cpu", "cuda", "mps"), help="[cpu]")
     p.add_argument("-pretrain_steps", type=int, default=200, help="[200]")
     p.add_argument("-epochs", type=int, default=6, help="epochs of fine-tuning, 25 iterations each [6]")
+    return p
+
+
+def main() -> None:
+    """Entry point."""
+    p = parser()
     args = p.parse_args()
     try:
         demo(args.o.absolute(), args.device, args.pretrain_steps, args.epochs)

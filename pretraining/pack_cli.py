@@ -10,12 +10,13 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from nnunetv2_hiendmae.command import CommandParser
 from nnunetv2_hiendmae.folders import preprocessed_root
 from pretraining.pack import pack, packed_bytes, verify
 from pretraining.packed import PackedCorpus
 from pretraining.preprocessed import DataSet, PreprocessedCorpus, default_plans
 
-EXAMPLE = """examples:
+EXAMPLES = """Examples:
   hiendmae_pack -d 500 501        8-bit voxels, one process a core
   hiendmae_pretrain -packed HiEndMAE_packed_500_501
   hiendmae_pack -o HiEndMAE_packed_500_501 --verify
@@ -24,14 +25,13 @@ Packing can be interrupted; the same command goes on with the shards that are mi
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """All flags."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         prog="hiendmae_pack",
         usage="hiendmae_pack -d 500 [501 ...] [-p PLANS] [-c CONFIGURATION] [-o NAME] [--verify]",
         description="Pack preprocessed data sets into one memory-mapped corpus of canonical intensities.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
     )
     p.add_argument("-d", nargs="+", metavar="DATASET", help="data set names or ids")
     p.add_argument("-p", metavar="PLANS", help="plans name [HiEndMAEPlans where all have them, else nnUNetPlans]")

@@ -12,6 +12,7 @@ from typing import NoReturn
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from tqdm import tqdm
 
+from nnunetv2_hiendmae.command import CommandParser
 from nnunetv2_hiendmae.folders import preprocessed_root
 from pretraining.preprocess import (
     UNFINISHED,
@@ -25,7 +26,7 @@ from pretraining.preprocess import (
 )
 from pretraining.provenance import write_manifest
 
-EXAMPLE = """examples:
+EXAMPLES = """Examples:
   hiendmae_plan_and_preprocess -d 500                        1.5 mm isotropic, HU window -175…250
   hiendmae_plan_and_preprocess -d 500 501 -spacing 3 3 3 -p HiEndMAE3mmPlans
   hiendmae_plan_and_preprocess -d 500 --plan_only            on a cluster: plan once, then
@@ -35,14 +36,13 @@ Cases that are done are checked and skipped; one bad case does not stop the othe
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """All flags."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         prog="hiendmae_plan_and_preprocess",
         usage="hiendmae_plan_and_preprocess -d 500 [501 ...] [-spacing MM MM MM] [-np N] [-num_parts N -part_id I]",
         description="Plan and preprocess data sets of images only; labels, where present, are ignored.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
     )
     p.add_argument("-d", nargs="+", required=True, metavar="DATASET", help="data set names or ids")
     p.add_argument(

@@ -13,7 +13,6 @@ import blosc2
 import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_hiendmae.folders import preprocessed_folder
 from nnunetv2_hiendmae.intensity import ChannelIntensity, Window, clip_warning, plan_intensities
@@ -55,6 +54,8 @@ class DataSet:
         Raises:
             ValueError: data set, plans, configuration or volumes are missing, or a channel is not CT; says what to do.
         """
+        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager  # not above: it takes half a second
+
         base = preprocessed_folder(name_or_id)
         name = base.name
         plans_file = base / f"{plans_name}.json"

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from pretraining.masking import patchify, take_tokens, unpatchify
@@ -17,6 +16,8 @@ def plot_progress(entries: list[dict[str, Any]], file: Path) -> None:
     """``progress.png`` in nnU-Net's manner: losses with the mean-patch baseline, learning rate, speed."""
     train = [e for e in entries if "loss" in e]
     held_out = [e for e in entries if "val_loss" in e]
+    from matplotlib.figure import Figure  # not above: commands shall answer at once
+
     figure = Figure(figsize=(12, 12), layout="constrained")
     axes = figure.subplots(3, 1, sharex=True)
     axes[0].plot([e["step"] for e in train], [e["loss"] for e in train], "b-", lw=1, alpha=0.6, label="loss_tr")
@@ -38,6 +39,8 @@ def plot_progress(entries: list[dict[str, Any]], file: Path) -> None:
 def draw_reconstructions(model: HiEndMAE, x: Tensor, ids_shuffle: Tensor, file: Path) -> None:
     """A row for each crop ``(B, C, H, W, D)``, middle slice: crop, visible patches, reconstruction, error."""
     seen, rebuilt = reconstruct(model, x, ids_shuffle)
+    from matplotlib.figure import Figure  # not above: commands shall answer at once
+
     figure = Figure(figsize=(12, 3 * len(x)), layout="constrained")
     titles = ("held-out crop", "visible", "reconstruction", "absolute error")
     rows = figure.subplots(len(x), 4, squeeze=False)

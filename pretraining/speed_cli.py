@@ -12,24 +12,24 @@ from typing import Any, NoReturn
 
 import torch
 
+from nnunetv2_hiendmae.command import CommandParser
 from pretraining import speed
 from pretraining.cli import add_data_and_model, find_corpus, make_config, make_runtime, pick_device
 from pretraining.corpus import Corpus
 
-EXAMPLE = """examples:
+EXAMPLES = """Examples:
   hiendmae_benchmark_speed -d 500                              the published model on one GPU
   hiendmae_benchmark_speed -d 500 -compare_packed HiEndMAE_packed_500 -preset tiny -device cpu
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """The flags of hiendmae_pretrain that speed depends on, and a few of its own."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         prog="hiendmae_benchmark_speed",
         usage="hiendmae_benchmark_speed -d 500 [-compare_packed NAME] [-preset large_p12] [-device cuda] [-json FILE]",
         description="Measure data path, training step and both together. Flags mean what they do in hiendmae_pretrain.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
     )
     add_data_and_model(p)
     p.add_argument("-compare_packed", metavar="FOLDER", help="packed corpus of the same data sets, measured beside -d")

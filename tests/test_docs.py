@@ -4,14 +4,58 @@ from __future__ import annotations
 
 import importlib
 import re
+import shlex
+import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
+from nnunetv2_hiendmae.settings import FineTuneSettings
 
 CHECKOUT = Path(__file__).parents[1]
 PAGES = sorted((CHECKOUT / "docs").rglob("*.md"))
 REFERENCE = re.compile(r"`([\w/]+)\.py:([\w.]+)`")
 LINK = re.compile(r"\]\(([^)#:]+)\)")
+BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)
+sys.path.insert(0, str(CHECKOUT / "docs"))
+
+from generate_reference import commands, fill  # noqa: E402 - a MkDocs hook lies beside the pages
+
+
+def command_lines() -> list[str]:
+    """Every call of one of our commands in README and documentation, with variables and comments cut off."""
+    found = []
+    for page in [CHECKOUT / "README.md", *PAGES]:
+        for block in BLOCK.findall(page.read_text(encoding="utf-8")):
+            for line in re.split(r"\n|&&|;", block.replace("\\\n", " ")):
+                words = shlex.split(re.sub(r"\$\w+", "1", line), comments=True) if "hiendmae_" in line else []
+                while words and "=" in words[0]:
+                    words = words[1:]
+                if words and words[0].startswith("hiendmae_"):
+                    found.append(shlex.join(words))
+    return found
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_commands_in_the_documentation_parse(line: str) -> None:
+    name, *arguments = shlex.split(line)
+    importlib.import_module(commands()[name]).parser().parse_args(arguments)
+
+
+def test_reference_is_filled_in() -> None:
+    page = fill((CHECKOUT / "docs" / "reference" / "commands.md").read_text(encoding="utf-8"))
+    assert all(f"## {name}" in page for name in commands()) and "--activation_checkpointing" in page
+    page = fill((CHECKOUT / "docs" / "reference" / "plans-block.md").read_text(encoding="utf-8"))
+    for f in fields(FineTuneSettings):
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{f.name}` |"))
+        assert not row.endswith("|  |"), f"{f.name} has no docstring"
+
+
+@pytest.mark.parametrize("name", commands())
+def test_help_starts_with_an_example(name: str) -> None:
+    text = importlib.import_module(commands()[name]).parser().format_help()
+    assert text.startswith("Example") and text.splitlines()[1].strip().startswith((name, "nnUNetv2_"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,9 @@ def default_arms(plans: str, weights: str | None, budget: bool) -> tuple[Arm, ..
 def trainer_class(name: str) -> type[nnUNetTrainer]:
     """The class that ``-tr name`` trains with. ``ValueError`` if nnU-Net finds none."""
     try:
-        return recursive_find_trainer_class_by_name(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # nnU-Net's search imports torchvision, which gives one
+            return recursive_find_trainer_class_by_name(name)
     except RuntimeError:
         raise ValueError(f"nnU-Net finds no trainer '{name}'.") from None
 

@@ -7,15 +7,12 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from nnunetv2_hiendmae.benchmark.arms import default_arms
 from nnunetv2_hiendmae.benchmark.grid import GRID_FILE, Grid, parse_labels, read_grid
-from nnunetv2_hiendmae.benchmark.plan import COMMANDS_FILE, differences_text, plan
-from nnunetv2_hiendmae.benchmark.report import report
-from nnunetv2_hiendmae.benchmark.run import run_part
-from nnunetv2_hiendmae.benchmark.trainer import BUDGET
+from nnunetv2_hiendmae.command import CommandParser
 from nnunetv2_hiendmae.folders import preprocessed_folder
+from nnunetv2_hiendmae.settings import BUDGET
 
-EXAMPLE = """examples:
+EXAMPLES = """Examples:
   hiendmae_benchmark plan -o bench -d 17 -labels 1 5 10% all -seeds 0 1 2 -weights weights.pth
   hiendmae_benchmark plan -o bench -grid bench/grid.json     (after editing it)
   hiendmae_benchmark run -o bench [-part_id 0 -num_parts 4]
@@ -23,13 +20,12 @@ EXAMPLE = """examples:
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """Three verbs; ``-o`` is the benchmark's folder in each."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         prog="hiendmae_benchmark",
         description="Compare Hi-End-MAE with nnU-Net's own trainers under one budget.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
     )
     verbs = p.add_subparsers(dest="verb", required=True, metavar="{plan,run,report}")
     add_plan_flags(verbs.add_parser("plan", help="write grid, label budgets, plans and commands"))
@@ -71,6 +67,8 @@ def grid_of(args: argparse.Namespace) -> Grid:
         if own:
             raise ValueError(f"-grid excludes {', '.join('-' + name for name in own)}; edit {args.grid} instead.")
         return read_grid(args.grid)
+    from nnunetv2_hiendmae.benchmark.arms import default_arms  # not above, as below: help and mistakes at once
+
     if args.d is None:
         raise ValueError("plan needs -d DATASET, or -grid FILE.")
     wanted, budget = own.pop("arms", None), any(name in BUDGET for name in own)
@@ -91,6 +89,8 @@ def grid_of(args: argparse.Namespace) -> Grid:
 
 def plan_verb(args: argparse.Namespace) -> int:
     """Write the grid and what it needs; say what differs between the arms."""
+    from nnunetv2_hiendmae.benchmark.plan import COMMANDS_FILE, differences_text, plan
+
     grid = grid_of(args)
     added = plan(grid, args.o)
     print(differences_text(grid))
@@ -101,6 +101,8 @@ def plan_verb(args: argparse.Namespace) -> int:
 
 def run_verb(args: argparse.Namespace) -> int:
     """Run what is not finished; 1 if a run failed."""
+    from nnunetv2_hiendmae.benchmark.run import run_part
+
     if not 0 <= args.part_id < args.num_parts:
         raise ValueError(f"-part_id {args.part_id} must be 0 to {args.num_parts - 1} (-num_parts {args.num_parts}).")
     failures = run_part(read_grid(args.o / GRID_FILE), args.part_id, args.num_parts, args.o / "logs")
@@ -111,6 +113,8 @@ def run_verb(args: argparse.Namespace) -> int:
 
 def report_verb(args: argparse.Namespace) -> int:
     """Write the report; 1 if a run is missing or changed."""
+    from nnunetv2_hiendmae.benchmark.report import report
+
     if not args.tolerance_mm > 0:
         raise ValueError(f"-tolerance_mm {args.tolerance_mm} must be positive.")
     failures = report(read_grid(args.o / GRID_FILE), args.o, args.tolerance_mm)

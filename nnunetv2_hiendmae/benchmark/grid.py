@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_hiendmae.benchmark.trainer import BUDGET
-from nnunetv2_hiendmae.settings import FineTuneSettings
+from nnunetv2_hiendmae.settings import BUDGET, FineTuneSettings
 
 GRID_FILE = "grid.json"
 ALL_LABELS = "all"

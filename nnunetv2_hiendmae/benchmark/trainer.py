@@ -15,9 +15,6 @@ from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import nnUNet_Primus
 from nnunetv2_hiendmae.settings import BLOCK
 from nnunetv2_hiendmae.trainer import without_mirroring
 
-BUDGET = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "no_mirroring")
-"""Settings that every arm of a benchmark shares."""
-
 
 class Budget(nnUNetTrainer):
     """Epochs, iterations and mirroring as the plans say; a warm-up of 50 epochs is at most a tenth of the epochs."""

@@ -12,12 +12,13 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from nnunetv2_hiendmae.command import CommandParser
 from nnunetv2_hiendmae.folders import raw_folder, raw_root
 from pretraining.ingest.ingest import Aborted, hash_dataset, ingest
 from pretraining.ingest.quality import Gate
 from pretraining.ingest.report import REPORT, THUMBNAILS, Report, draw_sheets, read_rows
 
-EXAMPLE = """examples:
+EXAMPLES = """Examples:
   hiendmae_ingest -i /data/scans -d 510 -n Abdomen
   hiendmae_ingest -i /data/scans -d 510 -n Abdomen --exclude_overlap 17     keep scans of Dataset017 out
 
@@ -25,14 +26,13 @@ NIfTI, NRRD, MHA and DICOM are read; nothing is moved or deleted. Interrupted? T
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """All flags."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         prog="hiendmae_ingest",
         usage="hiendmae_ingest -i FOLDER -d ID -n NAME [--exclude_overlap DATASET ...] [-np N] [--no_quality_gate]",
         description="Make an nnU-Net raw data set without labels from a heap of CT scans.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
     )
     p.add_argument("-i", required=True, metavar="FOLDER", help="scans, in any folders below")
     p.add_argument("-d", required=True, type=int, metavar="ID", help="number of the new data set")
