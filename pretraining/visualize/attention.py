@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nnunetv2_hiendmae.architectures.blocks import CrossAttention, SelfAttention
 from nnunetv2_hiendmae.architectures.vit import ViT
@@ -20,6 +22,7 @@ from pretraining.config import Size
 from pretraining.masking import patchify
 from pretraining.model import HiEndMAE
 
+MASKS_AT_ONCE = 8
 Projected = dict[nn.Module, Tensor]
 
 
@@ -76,7 +79,7 @@ def encoder_attention(encoder: ViT, x: Tensor, token: int) -> list[AttentionMap]
         x: one canonical crop ``(1, 1, H, W, D)``.
         token: the query, an index into the L tokens.
     """
-    attentions = [encoder.blocks[i].attn for i in encoder.config.taps]
+    attentions: list[Any] = [encoder.blocks[i].attn for i in encoder.config.taps]
     with projections([layer for a in attentions for layer in linear_layers(a)]) as caught:
         encoder(x)
     skip = 0 if encoder.cls_token is None else 1
@@ -105,19 +108,21 @@ def decoder_attention(model: HiEndMAE, x: Tensor, token: int, seed: int, num_mas
     """
     config = model.config
     patches = patchify(x, config.patch_size)
-    attentions = [block.cross_attn for block in model.decoder.cross_attention_blocks]
+    attentions: list[Any] = [block.cross_attn for block in model.decoder.cross_attention_blocks]
     total = torch.zeros(len(attentions), 1 + config.num_tokens)
     seen = torch.zeros(1 + config.num_tokens)
+    orders = orders_hiding(token, config.num_tokens, config.num_visible, seed, num_masks)
     with projections([layer for a in attentions for layer in linear_layers(a)]) as caught:
-        for order in orders_hiding(token, config.num_tokens, config.num_visible, seed, num_masks):
-            ids = order[None].to(x.device)
-            model.decode(*model.encode(patches, ids), ids, num_queries=1 + config.num_tokens)
-            place = 1 + int((order == token).nonzero())
-            keys = torch.cat([torch.zeros(1, dtype=torch.long), 1 + order[: config.num_visible]])
-            seen[keys] += 1
+        for ids in orders.split(MASKS_AT_ONCE):
+            ids = ids.to(x.device)
+            model.decode(*model.encode(patches.expand(len(ids), -1, -1), ids), ids, num_queries=1 + config.num_tokens)
+            places = 1 + (ids == token).int().argmax(1)
+            keys = F.pad(1 + ids[:, : config.num_visible], (1, 0)).cpu()  # the class token is key 0
+            seen.put_(keys, torch.ones(keys.shape), accumulate=True)
             for row, attention in zip(total, attentions, strict=True):
                 q, k = queries_and_keys(attention, caught)
-                row[keys] += attention_weights(q[:, place : place + 1], k, attention.num_heads)[0, :, 0].mean(0).cpu()
+                q = q[torch.arange(len(ids)), places].unsqueeze(1)
+                row.put_(keys, attention_weights(q, k, attention.num_heads)[:, :, 0].mean(1).cpu(), accumulate=True)
     mean = total / seen  # NaN where a token was never visible, as the query itself
     layers = config.taps if config.decoder == "hierarchical" else (config.depth - 1,) * len(config.taps)
     return [
@@ -131,13 +136,12 @@ def decoder_attention(model: HiEndMAE, x: Tensor, token: int, seed: int, num_mas
     ]
 
 
-def orders_hiding(token: int, num_tokens: int, num_visible: int, seed: int, count: int) -> Iterator[Tensor]:
-    """Random orders ``(L,)`` int64 of the tokens in which ``token`` is not among the visible first ones."""
+def orders_hiding(token: int, num_tokens: int, num_visible: int, seed: int, count: int) -> Tensor:
+    """Random orders ``(count, L)`` int64 of the tokens in which ``token`` is not among the visible first ones."""
     rng = np.random.default_rng(seed)
     others = np.delete(np.arange(num_tokens), token)
-    for _ in range(count):
-        order = rng.permutation(others)
-        yield torch.from_numpy(np.insert(order, rng.integers(num_visible, num_tokens), token))
+    orders = [np.insert(rng.permutation(others), rng.integers(num_visible, num_tokens), token) for _ in range(count)]
+    return torch.from_numpy(np.stack(orders))
 
 
 def token_of(voxel: Size, start: Size, patch: Size, grid: Size) -> int:

@@ -95,7 +95,7 @@ class Case:
         if given is None:
             tissue = self.volume > 0
             weights = tissue if tissue.any() else np.ones_like(tissue)
-            h, w, d = (int(round(float(axis.mean()))) for axis in np.nonzero(weights))
+            h, w, d = (round(float(axis.mean())) for axis in np.nonzero(weights))
             return h, w, d
         if not all(0 <= v < n for v, n in zip(given, self.original_size, strict=True)):
             shown = " ".join(map(str, given))

@@ -32,10 +32,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-d", metavar="DATASET", help="instead of -i: a preprocessed data set, by name or id")
     p.add_argument("-case", metavar="NAME", help="with -d: which case")
     p.add_argument("-o", required=True, type=Path, metavar="FOLDER", help="for the pictures; made if it is not there")
-    p.add_argument("-voxel", type=int, nargs=3, metavar=("X", "Y", "Z"),
-                   help="voxel of the CT, counted from 0, for attention and slices [the middle of the body]")  # fmt: skip
-    p.add_argument("-spacing", type=float, nargs=3, metavar="MM",
-                   help="voxel size for the network, slices first, with -i [that of the pre-training]")  # fmt: skip
+    p.add_argument(
+        "-voxel", type=int, nargs=3, metavar=("X", "Y", "Z"),
+        help="voxel of the CT, counted from 0, for attention and slices [the middle of the body]",
+    )  # fmt: skip
+    p.add_argument(
+        "-spacing", type=float, nargs=3, metavar="MM",
+        help="with -i: voxel size for the network, slices first [that of the pre-training]",
+    )  # fmt: skip
     p.add_argument("-seed", type=int, default=0, help="of the masks and of the random weights [0]")
     p.add_argument("-device", default="cpu", choices=("cpu", "cuda", "mps"), help="[cpu]")
     return p

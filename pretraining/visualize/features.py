@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pretraining.config import Size
 from pretraining.visualize.tiles import TokenMap, enlarge, paste
@@ -20,8 +21,10 @@ class FeatureColours:
     """0-based encoder block."""
     rgb: np.ndarray
     """``(H, W, D, 3)`` uint8; black where there is only air."""
+    position: float
+    """Share of the tokens' variance that their place in the crop explains; it is taken out."""
     explained: tuple[float, ...]
-    """Share of the tokens' variance in red, green and blue."""
+    """Share of the rest in red, green and blue."""
 
 
 def colours(
@@ -29,16 +32,37 @@ def colours(
 ) -> list[FeatureColours]:
     """Colours of every tapped layer, each with one basis for the whole CT."""
     h, w, d = (n // p for n, p in zip(img_size, patch, strict=True))
+    places = torch.cartesian_prod(torch.arange(h), torch.arange(w), torch.arange(d)).expand(len(tokens.starts), -1, 3)
     results = []
     for layer, features in zip(taps, tokens.taps, strict=True):
-        values, explained = principal_colours(features[tokens.tissue])
+        content, position = without_position(features[tokens.tissue], places[tokens.tissue])
+        values, explained = principal_colours(content)
         rgb = torch.zeros(*tokens.tissue.shape, 3, dtype=torch.uint8)
-        rgb[tokens.tissue] = (1 + values * 254).round().byte()
+        rgb[tokens.tissue] = (1 + values * 254).round().byte()  # 0 is air
         volume = np.zeros((*shape, 3), np.uint8)
         for start, crop in zip(tokens.starts, rgb, strict=True):
             paste(volume, enlarge(crop.view(h, w, d, 3).numpy(), patch), start)
-        results.append(FeatureColours(layer=layer, rgb=volume, explained=explained))
+        results.append(FeatureColours(layer=layer, rgb=volume, position=position, explained=explained))
     return results
+
+
+def without_position(features: Tensor, places: Tensor) -> tuple[Tensor, float]:
+    """Features less what a token's row, column and slice in its crop foretell, and the share of variance that was.
+
+    A position embedding is most of what tells tokens apart; left in, the colours would show the crops' borders only.
+
+    Args:
+        features: ``(N, E)``.
+        places: ``(N, 3)`` int64 indices of each token in its crop.
+    """
+    if not len(features):
+        return features, 0.0
+    centred = (features - features.mean(0)).double()
+    axes = [F.one_hot(places[:, axis]).double() for axis in range(3)]
+    known = torch.cat(axes, 1)  # (N, gh + gw + gd)
+    rest = centred - known @ (torch.linalg.pinv(known.T @ known, hermitian=True) @ (known.T @ centred))
+    total = float(centred.square().sum())
+    return rest, 1 - float(rest.square().sum()) / total if total else 0.0
 
 
 def principal_colours(features: Tensor) -> tuple[Tensor, tuple[float, ...]]:

@@ -7,13 +7,14 @@ import json
 from html import escape
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from nnunetv2_hiendmae.intensity import Window
 from nnunetv2_hiendmae.weights import atomic_file
-from pretraining.visualize.panels import ERROR_HU, Gallery, gray, heat
+from pretraining.visualize.panels import ERROR_HU, FULL_COLOUR, Gallery, gray, heat
 from pretraining.visualize.views import PLANES, Orientation
 
 MOST_SLICES = 64
@@ -116,7 +117,7 @@ def section(gallery: Gallery, orientation: Orientation, window: Window) -> str:
     )
 
 
-def slices(gallery: Gallery, orientation: Orientation, plane: str) -> dict[str, object]:
+def slices(gallery: Gallery, orientation: Orientation, plane: str) -> dict[str, Any]:
     """Images of a plane, ``[slice][panel]``, their slice numbers, which comes first, and a slice's aspect ratio."""
     count, rows, columns = orientation.slices(gallery.panels[0].volumes[0], plane).shape[:3]
     wanted = orientation.find(gallery.voxel, gallery.shape, plane)[0]
@@ -144,7 +145,7 @@ def scale(name: str, window: Window) -> str:
     low, high, colours = {
         "hu": (f"{window[0]:g} HU", f"{window[1]:g} HU", gray),
         "error": ("error 0", f"{ERROR_HU:g} HU", heat),
-        "attention": ("attention 0", "the map's maximum", heat),
+        "attention": ("attention 0", f"{FULL_COLOUR}th percentile of the map", heat),
     }[name]
     image = f'<img alt="" src="data:image/jpeg;base64,{jpeg(colours(ramp))}">'
     return f'<span class="scale">{low} {image} {high}</span>'

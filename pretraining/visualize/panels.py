@@ -23,6 +23,8 @@ ERROR_HU = 200.0
 HEAT = colormaps["inferno"]
 OVERLAY = 0.75
 """Opacity of the strongest attention, and of feature colours."""
+FULL_COLOUR = 99
+"""Percentile of an attention map's weights at which the colour is strongest."""
 CROP_PIXELS = 240
 """Crops are enlarged to about this many pixels."""
 
@@ -96,7 +98,7 @@ def outline(rgb: np.ndarray, region: np.ndarray) -> np.ndarray:
 def enlarged(image: np.ndarray, factor: int, smooth: bool) -> np.ndarray:
     """A slice with ``factor``² pixels for one; smooth for CT, in blocks for tokens."""
     if not smooth:
-        return enlarge(image, (factor, factor, 1)[: image.ndim])
+        return image.repeat(factor, 0).repeat(factor, 1)
     return np.asarray(Image.fromarray(image).resize((image.shape[1] * factor, image.shape[0] * factor), 2))
 
 
@@ -133,9 +135,10 @@ def attention_panels(
     for name, attention in named:
         strongest = float(np.nanmax(attention.weights))
         title = f"{name}\nmax {strongest * attention.num_keys:.1f} × uniform"
-        if attention.to_class_token:
+        if attention.to_class_token >= 0.005:
             title += f", class token {attention.to_class_token:.0%}"
-        share = enlarge(attention.weights / strongest, patch).astype(np.float32)
+        full = max(float(np.nanpercentile(attention.weights, FULL_COLOUR)), 1e-12)
+        share = enlarge(np.clip(attention.weights / full, 0, 1), patch).astype(np.float32)
         panels.append(Panel(title=title, volumes=(crop, query, share), paint=overlaid))
     return panels
 
@@ -149,5 +152,6 @@ def feature_panels(case: Case, named: list[tuple[str, FeatureColours]]) -> list[
     panels = [Panel(title="CT", volumes=(case.volume,), paint=gray)]
     for name, found in named:
         shares = " ".join(f"{share:.0%}" for share in found.explained)
-        panels.append(Panel(title=f"{name}\nvariance {shares}", volumes=(case.volume, found.rgb), paint=overlaid))
+        title = f"{name}\nposition {found.position:.0%}; rest {shares}"
+        panels.append(Panel(title=title, volumes=(case.volume, found.rgb), paint=overlaid))
     return panels

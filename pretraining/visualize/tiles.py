@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +17,14 @@ from torch import Tensor
 from nnunetv2_hiendmae.architectures.vit import ViT
 from pretraining.config import Size
 from pretraining.corpus import read_padded
-from pretraining.masking import patchify, random_shuffle
+from pretraining.masking import patchify, random_shuffle, unpatchify
 from pretraining.model import HiEndMAE
 from pretraining.preview import reconstruct
 
 AIR = np.zeros(1, np.float32)
+CROPS_AT_ONCE = 8
+Show = Callable[[list[Any]], Iterator[Any]]
+"""Goes through a list, showing how far it is."""
 
 
 def crop_at(volume: np.ndarray, start: Size, size: Size) -> Tensor:
@@ -35,6 +39,11 @@ def tile_starts(shape: tuple[int, ...], size: Size) -> list[Size]:
         count = -(-edge // n)
         axes.append([i * n - (count * n - edge) // 2 for i in range(count)])
     return [(h, w, d) for h, w, d in product(*axes)]
+
+
+def batches(items: list[Any]) -> list[list[Any]]:
+    """Items in groups that the network takes at once."""
+    return [items[i : i + CROPS_AT_ONCE] for i in range(0, len(items), CROPS_AT_ONCE)]
 
 
 def paste(target: np.ndarray, crop: np.ndarray, start: Size) -> None:
@@ -56,25 +65,25 @@ class Reconstruction:
     """Each hidden patch filled with its mean, which the network is given: what the prediction must beat."""
 
 
-def reconstruct_volume(
-    model: HiEndMAE, volume: np.ndarray, seed: int, show: Callable[[list[Size]], Iterator[Size]] = iter
-) -> Reconstruction:
-    """Mask and rebuild a canonical volume ``(H, W, D)``, one crop after the other; ``seed`` draws the masks."""
+def reconstruct_volume(model: HiEndMAE, volume: np.ndarray, seed: int, show: Show = iter) -> Reconstruction:
+    """Mask and rebuild a canonical volume ``(H, W, D)`` crop by crop; ``seed`` draws the masks."""
     config, rng = model.config, np.random.default_rng(seed)
     device = model.mask_token.device
     result = Reconstruction(
         rebuilt=np.empty_like(volume), masked=np.empty(volume.shape, bool), flat=np.empty_like(volume)
     )
-    for start in show(tile_starts(volume.shape, config.img_size)):
-        x = crop_at(volume, start, config.img_size).to(device)
-        order = torch.from_numpy(random_shuffle(rng, config.num_tokens))[None].to(device)
-        seen, rebuilt = (t[0, 0].cpu().numpy() for t in reconstruct(model, x, order))
-        hidden = np.isnan(seen)
-        paste(result.rebuilt, rebuilt, start)
-        paste(result.masked, hidden, start)
-        means = patchify(x, config.patch_size).mean(-1).view(config.grid).cpu().numpy()
-        crop = x[0, 0].cpu().numpy()
-        paste(result.flat, np.where(hidden, enlarge(means, config.patch_size), crop), start)
+    for starts in show(batches(tile_starts(volume.shape, config.img_size))):
+        x = torch.cat([crop_at(volume, start, config.img_size) for start in starts]).to(device)
+        orders = torch.from_numpy(np.stack([random_shuffle(rng, config.num_tokens) for _ in starts])).to(device)
+        seen, rebuilt = (t[:, 0].cpu().numpy() for t in reconstruct(model, x, orders))
+        patches = patchify(x, config.patch_size)
+        means = patches.mean(-1, keepdim=True).expand_as(patches)
+        flat = unpatchify(means, config.patch_size, config.grid)[:, 0].cpu().numpy()
+        for k, start in enumerate(starts):
+            hidden = np.isnan(seen[k])
+            paste(result.rebuilt, rebuilt[k], start)
+            paste(result.masked, hidden, start)
+            paste(result.flat, np.where(hidden, flat[k], rebuilt[k]), start)
     return result
 
 
@@ -98,19 +107,18 @@ class TokenMap:
 
 
 @torch.no_grad()
-def encode_volume(
-    encoder: ViT, volume: np.ndarray, img_size: Size, margin: float, show: Callable[[list[Size]], Iterator[Size]] = iter
-) -> TokenMap:
+def encode_volume(encoder: ViT, volume: np.ndarray, img_size: Size, margin: float, show: Show = iter) -> TokenMap:
     """Tapped layers of the encoder, which sees every patch, as in fine-tuning. ``margin`` above 0 is tissue."""
-    starts = tile_starts(volume.shape, img_size)
     device = encoder.norm.weight.device
+    skip = 0 if encoder.cls_token is None else 1
     tissue: list[Tensor] = []
     taps: list[list[Tensor]] = []
-    for start in show(starts):
-        x = crop_at(volume, start, img_size)
-        tissue.append((patchify(x, encoder.config.patch_size).amax(-1) > margin)[0])
-        skip = 0 if encoder.cls_token is None else 1
-        taps.append([tap[0, skip:].float().cpu() for tap in encoder(x.to(device))[0]])
+    for starts in show(batches(tile_starts(volume.shape, img_size))):
+        x = torch.cat([crop_at(volume, start, img_size) for start in starts])
+        tissue.append(patchify(x, encoder.config.patch_size).amax(-1) > margin)
+        taps.append([tap[:, skip:].float().cpu() for tap in encoder(x.to(device))[0]])
     return TokenMap(
-        starts=starts, tissue=torch.stack(tissue), taps=[torch.stack(layer) for layer in zip(*taps, strict=True)]
+        starts=tile_starts(volume.shape, img_size),
+        tissue=torch.cat(tissue),
+        taps=[torch.cat(layer) for layer in zip(*taps, strict=True)],
     )

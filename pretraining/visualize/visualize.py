@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,9 +104,9 @@ def choose_spacing(args: argparse.Namespace, source: Source) -> Spacing:
     raise ValueError(f"-run {args.run} {why}; name one in mm, slices first, e.g. -spacing 1.5 1.5 1.5.")
 
 
-def show(tiles: list[Size]) -> Iterator[Size]:
-    """The crops, with a progress bar in a terminal."""
-    return iter(tqdm(tiles, unit="crop", disable=not sys.stderr.isatty(), leave=False))
+def show(batches: list[Any]) -> Iterator[Any]:
+    """Batches of crops, with a progress bar in a terminal."""
+    return iter(tqdm(batches, unit="batch", disable=not sys.stderr.isatty(), leave=False))
 
 
 def reconstruction(source: Source, case: Case, voxel: Size, args: argparse.Namespace) -> Gallery:
@@ -153,7 +154,7 @@ def attention(source: Source, case: Case, voxel: Size, seed: int) -> Gallery:
         text += (
             f"Decoder: cross-attention of the hidden patch to the visible ones, mean over {NUM_MASKS} random masks. "
         )
-    text += "The strength is relative to each map's maximum; the caption compares that with attention spread evenly."
+    text += "The captions compare the strongest weight with attention spread evenly."
     query = np.zeros(size, bool)
     corner = [(v - s) // p * p for v, s, p in zip(voxel, start, config.patch_size, strict=True)]
     query[tuple(slice(c, c + p) for c, p in zip(corner, config.patch_size, strict=True))] = True
@@ -172,9 +173,10 @@ def features(source: Source, case: Case, voxel: Size, seed: int) -> Gallery:
         found = colours(tokens, config.taps, case.volume.shape, source.img_size, config.patch_size)
         named += [(f"{name}, layer {f.layer + 1}", f) for f in found]
     text = (
-        "Each patch's features reduced to the three directions in which the patches of this CT differ most, shown as "
-        "red, green and blue: patches of like colour have like features. Colours cannot be compared between pictures, "
-        "each has its own directions; the captions give the share of variance that each direction explains."
+        "Each patch's features, less what its place in the crop foretells, reduced to the three directions in which "
+        "the patches of this CT differ most: red, green and blue. Patches of like colour have like features. Colours "
+        "cannot be compared between pictures, each has its own directions. The captions give the share of variance "
+        "that position explains and, of the rest, the shares of red, green and blue."
     )
     return Gallery(key="features", title="Features", text=text, panels=feature_panels(case, named), voxel=voxel,
                    columns=1 + len(config.taps))  # fmt: skip
