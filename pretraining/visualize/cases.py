@@ -19,10 +19,14 @@ from pretraining.corpus import to_canonical
 from pretraining.ingest.find import Source as ImageSource
 from pretraining.ingest.find import find_series
 from pretraining.ingest.quality import Gate, check_voxels
-from pretraining.ingest.read import Refused, read
-from pretraining.preprocessed import DataSet, PreprocessedCorpus, default_plans
+from pretraining.ingest.read import Refused, itk_reason, read
+from pretraining.preprocessed import DataSet, PreprocessedCorpus
 
 Triple = tuple[float, float, float]
+
+
+PICTURE_GATE = Gate(min_slices=1, min_extent_mm=0, min_air=0)
+"""A small piece of a CT is good enough to look at; something that is not in HU is not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +122,8 @@ class Case:
         try:
             sitk.WriteImage(image, str(temporary), useCompression=True)
             temporary.replace(file)
+        except RuntimeError as error:
+            raise OSError(f"{file} could not be written ({itk_reason(error)})") from None
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -134,7 +140,7 @@ def read_ct(path: Path, spacing: Triple, window: Window) -> Case:
     """
     try:
         image = read(image_source(path))
-        check_voxels(image, Gate())
+        check_voxels(image, PICTURE_GATE)
     except Refused as reason:
         raise ValueError(f"-i {path}: {reason}.") from None
     original = Frame.of(image)
@@ -167,17 +173,15 @@ def image_source(path: Path) -> ImageSource:
     return series[0]
 
 
-def read_preprocessed(dataset: str, name: str, plans: tuple[str, str] | None, window: Window) -> Case:
+def read_preprocessed(dataset: str, name: str, plans_name: str, configuration: str, window: Window) -> Case:
     """A case as nnU-Net preprocessed it.
 
     Args:
-        plans: plans and configuration of the run; None for the data set's default ones.
         window: HU range scaled to [0, 1].
 
     Raises:
         ValueError: data set, plans or case are missing; says what to do.
     """
-    plans_name, configuration = plans or (default_plans([dataset]), "3d_fullres")
     found = DataSet.open(dataset, plans_name, configuration, window)
     if name not in found.cases:
         raise ValueError(f"-case {name} is not in {found.folder}, which has {', '.join(found.cases[:3])}, ...")

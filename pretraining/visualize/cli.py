@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("-d", metavar="DATASET", help="instead of -i: a preprocessed data set, by name or id")
     p.add_argument("-case", metavar="NAME", help="with -d: which case")
+    p.add_argument("-p", metavar="PLANS", help="with -d: plans [those of the run]")
     p.add_argument("-o", required=True, type=Path, metavar="FOLDER", help="for the pictures; made if it is not there")
     p.add_argument(
         "-voxel", type=int, nargs=3, metavar=("X", "Y", "Z"),
@@ -51,6 +52,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("name one CT: a file with -i, or a preprocessed case with -d DATASET -case NAME.")
     if (args.d is None) != (args.case is None):
         raise ValueError("-d and -case go together: -d DATASET -case NAME.")
+    if args.p is not None and args.d is None:
+        raise ValueError("-p goes with -d; a CT given with -i needs no plans.")
     if args.spacing is not None and (args.d is not None or not all(0.1 <= mm <= 100 for mm in args.spacing)):
         raise ValueError("-spacing goes with -i: three numbers in mm (0.1 to 100), slices first.")
     if args.o.exists() and not args.o.is_dir():

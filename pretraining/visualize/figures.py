@@ -47,7 +47,7 @@ def draw(gallery: Gallery, orientation: Orientation, window: Window, caption: st
     for axis, panel in zip(axes[0], gallery.panels, strict=True):
         axis.set_title(panel.title, fontsize=9)
     add_scales(figure, axes, gallery, window)
-    figure.suptitle(printable(caption), fontsize=10)
+    figure.suptitle(printable(caption) + "\n", fontsize=10)  # the empty line keeps titles of two lines below it
     with atomic_file(file) as stream:
         figure.savefig(stream, format="png")
 

@@ -58,7 +58,10 @@ def open_source(path: Path, device: torch.device) -> Source:
 
 def open_run(folder: Path) -> Source:
     """The model of a run's newest checkpoint. ``ValueError`` if there is none that fits."""
-    checkpoint = load_checkpoint(folder)
+    try:
+        checkpoint = load_checkpoint(folder)
+    except ValueError as error:
+        raise ValueError(f"-run {folder}: {error} Name the folder that holds a run's checkpoint_final.pth.") from None
     if "config" not in checkpoint or "network_weights" not in checkpoint:
         raise ValueError(f"{folder} is no folder of hiendmae_pretrain: its checkpoint holds no configuration.")
     config = RunConfig.from_dict(checkpoint["config"])

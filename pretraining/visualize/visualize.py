@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from pretraining.config import Size
 from pretraining.corpus import TISSUE_MARGIN
+from pretraining.preprocessed import default_plans
 from pretraining.visualize.attention import (
     AttentionMap,
     crop_around,
@@ -34,6 +35,7 @@ from pretraining.visualize.source import Source, Spacing, open_source, untrained
 from pretraining.visualize.tiles import crop_at, encode_volume, reconstruct_volume
 from pretraining.visualize.views import Orientation
 
+OUTPUTS = ("reconstruction.png", "attention.png", "features.png", "index.html", "reconstruction.nii.gz")
 NUM_MASKS = 64
 """Masks that the decoder's attention is averaged over; each leaves a patch visible with a chance of a quarter."""
 
@@ -45,14 +47,16 @@ def visualize(args: argparse.Namespace) -> None:
     case = read_case(args, source)
     voxel = case.voxel(None if args.voxel is None else tuple(args.voxel))
     args.o.mkdir(parents=True, exist_ok=True)
+    for name in OUTPUTS:  # of an earlier call: pictures of two networks must not lie side by side
+        (args.o / name).unlink(missing_ok=True)
     orientation = Orientation.of(case.frame)
-    mm = " × ".join(f"{s:.3g}" for s in case.frame.spacing)
-    x, y, z = case.original_voxel(voxel)
+    x, y, z = args.voxel or case.original_voxel(voxel)
     caption = f"{source.name} on {case.name}"
     low, high = case.window_hu
     facts = [
-        f"CT {case.name}: {' × '.join(map(str, case.original_size))} voxels, shown at {mm} mm as the network sees it, "
-        f"{low:g}…{high:g} HU (width {high - low:g}, level {(low + high) / 2:g}). Voxel {x} {y} {z} (x, y, z from 0).",
+        f"CT {case.name}: {' × '.join(map(str, case.original_size))} voxels, shown at {show_mm(case.frame.spacing)} mm "
+        f"as the network sees it, {low:g}…{high:g} HU (width {high - low:g}, level {(low + high) / 2:g}). "
+        f"Voxel {x} {y} {z} (x, y, z from 0).",
         f"Network {source.name}: crops of {' × '.join(map(str, source.img_size))} voxels, patches of "
         f"{' × '.join(map(str, source.encoder.config.patch_size))}, {source.steps or 'unknown'} steps. "
         f"Seed {args.seed}.",
@@ -84,10 +88,21 @@ def pick_device(name: str) -> torch.device:
 def read_case(args: argparse.Namespace, source: Source) -> Case:
     """The CT that the flags name. ``ValueError`` if it is not there or its spacing is not known."""
     if args.d is not None:
-        return read_preprocessed(args.d, args.case, source.plans, source.window_hu)
+        plans, configuration = source.plans or (default_plans([args.d]), "3d_fullres")
+        case = read_preprocessed(args.d, args.case, args.p or plans, configuration, source.window_hu)
+        here = case.frame.spacing[::-1]  # of whole voxels: not exactly that of the plans
+        if source.spacings and not any(np.allclose(here, known, rtol=0.1) for known in source.spacings):
+            known = " or ".join(map(show_mm, source.spacings))
+            print(f"WARNING: the case has {show_mm(here)} mm, the network knows {known} mm; name other plans with -p.")
+        return case
     if not args.i.exists():
         raise ValueError(f"-i {args.i} does not exist.")
     return read_ct(args.i, choose_spacing(args, source), source.window_hu)
+
+
+def show_mm(spacing: Spacing) -> str:
+    """For people."""
+    return " × ".join(f"{mm:.3g}" for mm in spacing)
 
 
 def choose_spacing(args: argparse.Namespace, source: Source) -> Spacing:
@@ -142,17 +157,19 @@ def attention(source: Source, case: Case, voxel: Size, seed: int) -> Gallery:
     x = crop_at(case.volume, start, size).to(source.encoder.norm.weight.device)
     token = token_of(voxel, start, config.patch_size, source.encoder.grid)
     named: list[tuple[str, AttentionMap]] = [
-        (f"encoder, layer {a.layer + 1} of {config.depth}", a) for a in encoder_attention(source.encoder, x, token)
+        (f"encoder, layer {a.layer}", a) for a in encoder_attention(source.encoder, x, token)
     ]
     text = (
         "Colour: where the outlined patch looks, mean over heads, per patch. Encoder: self-attention of the tapped "
-        "layers, all patches visible. "
+        f"layers (counted from 0, of {config.depth}), all patches visible. "
     )
     if source.model is not None:
         maps = decoder_attention(source.model, x, token, seed, NUM_MASKS)
-        named += [(f"decoder, querying layer {a.layer + 1}", a) for a in maps]
+        named += [(f"decoder block {len(maps) - i}, querying layer {a.layer}", a) for i, a in enumerate(maps)]
         text += (
             f"Decoder: cross-attention of the hidden patch to the visible ones, mean over {NUM_MASKS} random masks. "
+            if maps
+            else "This run's decoder has no cross-attention. "
         )
     text += "The captions compare the strongest weight with attention spread evenly."
     query = np.zeros(size, bool)
@@ -171,12 +188,13 @@ def features(source: Source, case: Case, voxel: Size, seed: int) -> Gallery:
     for name, encoder in (("pre-trained", source.encoder), ("random", untrained(source, seed))):
         tokens = encode_volume(encoder, case.volume, source.img_size, TISSUE_MARGIN, show)
         found = colours(tokens, config.taps, case.volume.shape, source.img_size, config.patch_size)
-        named += [(f"{name}, layer {f.layer + 1}", f) for f in found]
+        named += [(f"{name}, layer {f.layer}", f) for f in found]
     text = (
         "Each patch's features, less what its place in the crop foretells, reduced to the three directions in which "
         "the patches of this CT differ most: red, green and blue. Patches of like colour have like features. Colours "
         "cannot be compared between pictures, each has its own directions. The captions give the share of variance "
         "that position explains and, of the rest, the shares of red, green and blue."
     )
-    return Gallery(key="features", title="Features", text=text, panels=feature_panels(case, named), voxel=voxel,
-                   columns=1 + len(config.taps))  # fmt: skip
+    panels = feature_panels(case, named)
+    return Gallery(key="features", title="Features", text=text, panels=panels, voxel=voxel,
+                   columns=len(panels))  # fmt: skip
