@@ -21,8 +21,8 @@ class FeatureColours:
     """0-based encoder block."""
     rgb: np.ndarray
     """``(H, W, D, 3)`` uint8; black where there is only air."""
-    position: float
-    """Share of the tokens' variance that their place in the crop explains; it is taken out."""
+    place: float
+    """Share of the tokens' variance that their place in the crop and the crop explain; it is taken out."""
     explained: tuple[float, ...]
     """Share of the rest in red, green and blue."""
 
@@ -32,34 +32,38 @@ def colours(
 ) -> list[FeatureColours]:
     """Colours of every tapped layer, each with one basis for the whole CT."""
     h, w, d = (n // p for n, p in zip(img_size, patch, strict=True))
-    places = torch.cartesian_prod(torch.arange(h), torch.arange(w), torch.arange(d)).expand(len(tokens.starts), -1, 3)
+    in_crop = torch.cartesian_prod(torch.arange(h), torch.arange(w), torch.arange(d)).expand(len(tokens.starts), -1, 3)
+    crop = torch.arange(len(tokens.starts)).view(-1, 1, 1).expand(-1, h * w * d, 1)
+    places = torch.cat([in_crop, crop], -1)
     results = []
     for layer, features in zip(taps, tokens.taps, strict=True):
-        content, position = without_position(features[tokens.tissue], places[tokens.tissue])
+        content, place = without_place(features[tokens.tissue], places[tokens.tissue])
         values, explained = principal_colours(content)
         rgb = torch.zeros(*tokens.tissue.shape, 3, dtype=torch.uint8)
         rgb[tokens.tissue] = (1 + values * 254).round().byte()  # 0 is air
         volume = np.zeros((*shape, 3), np.uint8)
         for start, crop in zip(tokens.starts, rgb, strict=True):
             paste(volume, enlarge(crop.view(h, w, d, 3).numpy(), patch), start)
-        results.append(FeatureColours(layer=layer, rgb=volume, position=position, explained=explained))
+        results.append(FeatureColours(layer=layer, rgb=volume, place=place, explained=explained))
     return results
 
 
-def without_position(features: Tensor, places: Tensor) -> tuple[Tensor, float]:
-    """Features less what a token's row, column and slice in its crop foretell, and the share of variance that was.
+def without_place(features: Tensor, places: Tensor) -> tuple[Tensor, float]:
+    """Features less what a token's row, column and slice in its crop and the crop itself foretell, each by itself.
 
-    A position embedding is most of what tells tokens apart; left in, the colours would show the crops' borders only.
+    Position and surroundings are most of what tells tokens apart; left in, the colours would show the crops' borders.
 
     Args:
         features: ``(N, E)``.
-        places: ``(N, 3)`` int64 indices of each token in its crop.
+        places: ``(N, 4)`` int64: row, column and slice of each token in its crop, and which crop.
+
+    Returns:
+        ``(N, E)`` float64, and the share of the variance that was taken out.
     """
     if not len(features):
         return features, 0.0
     centred = (features - features.mean(0)).double()
-    axes = [F.one_hot(places[:, axis]).double() for axis in range(3)]
-    known = torch.cat(axes, 1)  # (N, gh + gw + gd)
+    known = torch.cat([F.one_hot(column).double() for column in places.T], 1)  # (N, gh + gw + gd + crops)
     rest = centred - known @ (torch.linalg.pinv(known.T @ known, hermitian=True) @ (known.T @ centred))
     total = float(centred.square().sum())
     return rest, 1 - float(rest.square().sum()) / total if total else 0.0

@@ -17,9 +17,9 @@ from nnunetv2_hiendmae.weights import atomic_file
 from pretraining.visualize.panels import ERROR_HU, FULL_COLOUR, Gallery, gray, heat
 from pretraining.visualize.views import PLANES, Orientation
 
-MOST_SLICES = 64
+MOST_SLICES = 48
 """Per plane; of more, every second, third, … is on the page."""
-JPEG_QUALITY = 88
+JPEG_QUALITY = 82
 
 STYLE = """
 body { margin: 0 auto; padding: 0 12px 48px; max-width: 1500px; background: #15171a; color: #e4e6e8;

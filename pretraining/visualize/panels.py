@@ -152,6 +152,6 @@ def feature_panels(case: Case, named: list[tuple[str, FeatureColours]]) -> list[
     panels = [Panel(title="CT", volumes=(case.volume,), paint=gray)]
     for name, found in named:
         shares = " ".join(f"{share:.0%}" for share in found.explained)
-        title = f"{name}\nposition {found.position:.0%}; rest {shares}"
+        title = f"{name}\nplace {found.place:.0%}; rest {shares}"
         panels.append(Panel(title=title, volumes=(case.volume, found.rgb), paint=overlaid))
     return panels

@@ -190,10 +190,10 @@ def features(source: Source, case: Case, voxel: Size, seed: int) -> Gallery:
         found = colours(tokens, config.taps, case.volume.shape, source.img_size, config.patch_size)
         named += [(f"{name}, layer {f.layer}", f) for f in found]
     text = (
-        "Each patch's features, less what its place in the crop foretells, reduced to the three directions in which "
-        "the patches of this CT differ most: red, green and blue. Patches of like colour have like features. Colours "
-        "cannot be compared between pictures, each has its own directions. The captions give the share of variance "
-        "that position explains and, of the rest, the shares of red, green and blue."
+        "Each patch's features, less what its place in the crop and the crop as a whole foretell, reduced to the three "
+        "directions in which the patches of this CT differ most: red, green and blue. Patches of like colour have "
+        "like features. Colours cannot be compared between pictures, each has its own directions. The captions give "
+        "the share of variance that place explains and, of the rest, the shares of red, green and blue."
     )
     panels = feature_panels(case, named)
     return Gallery(key="features", title="Features", text=text, panels=panels, voxel=voxel,
