@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from matplotlib.image import imread
 from nnunetv2_hiendmae.architectures.blocks import CrossAttention, SelfAttention
 from nnunetv2_hiendmae.intensity import DEFAULT_WINDOW
 from pretraining.corpus import TISSUE_MARGIN
+from pretraining.model import HiEndMAE
 from pretraining.visualize import cli
 from pretraining.visualize.attention import (
     attention_weights,
@@ -303,6 +305,14 @@ def test_maps_of_encoder_and_decoder(source: Source, ct: Path) -> None:
     for found in decoder_attention(source.model, x, token, seed=0, num_masks=1):
         assert np.isfinite(found.weights).sum() == source.model.config.num_visible
         assert np.nansum(found.weights) + found.to_class_token == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(("decoder", "layers"), [("last_layer", [11, 11, 11]), ("self_attention", [])])
+def test_maps_of_the_decoder_controls(decoder: str, layers: list[int], source: Source) -> None:
+    assert source.model is not None
+    model = HiEndMAE(replace(source.model.config, decoder=decoder)).eval()
+    maps = decoder_attention(model, torch.rand(1, 1, *source.img_size), token=5, seed=0, num_masks=2)
+    assert [found.layer for found in maps] == layers
 
 
 def test_the_query_stays_hidden() -> None:

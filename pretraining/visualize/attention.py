@@ -121,7 +121,7 @@ def decoder_attention(model: HiEndMAE, x: Tensor, token: int, seed: int, num_mas
             seen.put_(keys, torch.ones(keys.shape), accumulate=True)
             for row, attention in zip(total, attentions, strict=True):
                 q, k = queries_and_keys(attention, caught)
-                q = q[torch.arange(len(ids)), places].unsqueeze(1)
+                q = q[torch.arange(len(ids), device=ids.device), places].unsqueeze(1)
                 row.put_(keys, attention_weights(q, k, attention.num_heads)[:, :, 0].mean(1).cpu(), accumulate=True)
     mean = total / seen  # NaN where a token was never visible, as the query itself
     layers = config.taps if config.decoder == "hierarchical" else (config.depth - 1,) * len(config.taps)

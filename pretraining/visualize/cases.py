@@ -154,7 +154,7 @@ def read_ct(path: Path, spacing: Triple, window: Window) -> Case:
     )[0]
     size = tuple(int(n) for n in shape[::-1])
     return Case(
-        name=path.name,
+        name=path.resolve().name,
         volume=np.clip(resampled, 0, 1).astype(np.float32),
         frame=original.resampled(image.GetSize(), size),
         original=original,

@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
     """All flags."""
     p = argparse.ArgumentParser(
         prog="hiendmae_visualize",
-        usage="hiendmae_visualize -run RUN_OR_WEIGHTS -i CT -o FOLDER [-voxel X Y Z] [-device cpu] [...]",
+        usage="hiendmae_visualize -run RUN_FOLDER -i ct.nii.gz -o pictures [-voxel X Y Z] [-device cuda] [...]",
         description="Reconstruction, attention and features of a pre-trained network on one CT: PNG, HTML, NIfTI.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
