@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import NoReturn
 
@@ -56,8 +57,11 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("-p goes with -d; a CT given with -i needs no plans.")
     if args.spacing is not None and (args.d is not None or not all(0.1 <= mm <= 100 for mm in args.spacing)):
         raise ValueError("-spacing goes with -i: three numbers in mm (0.1 to 100), slices first.")
-    if args.o.exists() and not args.o.is_dir():
-        raise ValueError(f"-o {args.o} is a file; name a folder.")
+    there = next(folder for folder in (args.o.absolute(), *args.o.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise ValueError(f"-o {args.o}: {there} is a file; name a folder.")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"-o {args.o}: {there} may not be written to; name another folder.")
     if args.seed < 0:
         raise ValueError(f"-seed {args.seed} must be at least 0.")
 
@@ -68,8 +72,8 @@ def main() -> NoReturn:
     args = p.parse_args()
     try:
         check(args)
-        print("loading torch ...", flush=True)
-        from pretraining.visualize.visualize import visualize  # imports torch: after the flags are known to be right
+        print("loading the network and the CT ...", flush=True)
+        from pretraining.visualize.visualize import visualize  # slow to import: flags first
 
         visualize(args)
     except ValueError as error:
