@@ -1,0 +1,1 @@
+"""Pictures of what pre-training learned: reconstructions, attention, features."""

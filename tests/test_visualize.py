@@ -1,0 +1,374 @@
+"""``hiendmae_visualize``: real pictures of a real run, and the numbers behind them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from conftest import DATASET, World
+from matplotlib.image import imread
+
+from nnunetv2_hiendmae.architectures.blocks import CrossAttention, SelfAttention
+from nnunetv2_hiendmae.intensity import DEFAULT_WINDOW
+from pretraining.corpus import TISSUE_MARGIN
+from pretraining.model import HiEndMAE
+from pretraining.visualize import cli
+from pretraining.visualize.attention import (
+    attention_weights,
+    crop_around,
+    decoder_attention,
+    encoder_attention,
+    linear_layers,
+    orders_hiding,
+    projections,
+    queries_and_keys,
+    token_of,
+)
+from pretraining.visualize.cases import Frame, read_ct, read_preprocessed
+from pretraining.visualize.features import colours, principal_colours, without_place
+from pretraining.visualize.source import Source, open_source, untrained
+from pretraining.visualize.tiles import crop_at, encode_volume, paste, reconstruct_volume, tile_starts
+from pretraining.visualize.views import PLANES, Orientation
+
+SPACING = (8.0, 6.0, 6.0)
+OBLIQUE = ((1, 0, 0, 0, 1, 0, 0, 0, 1), (-1, 0, 0, 0, 1, 0, 0, 0, -1), (0, 0, 1, 1, 0, 0, 0, -1, 0))
+"""Directions: as most scanners write, flipped, and sagittal slices."""
+
+
+class Tags(HTMLParser):
+    """Every element of a page with its attributes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+@pytest.fixture(scope="module")
+def ct(world: World) -> Path:
+    return next((world.root / "raw" / DATASET / "imagesTr").glob("*_0000.nii.gz"))
+
+
+@pytest.fixture(scope="module")
+def source(pretrained: Path) -> Source:
+    return open_source(pretrained.parent, torch.device("cpu"))
+
+
+def test_pictures_of_a_run(world: World, pretrained: Path, ct: Path, source: Source, tmp_path: Path) -> None:
+    named = tmp_path / 'x<b>&"$é.nii.gz'
+    shutil.copy(ct, named)
+    out = tmp_path / "pictures"
+    log = world.run(f"hiendmae_visualize -run {pretrained.parent} -i {named} -o {out} -voxel 20 15 12 -seed 3")
+    assert "Warning" not in log
+    assert "Voxel 20 15 12" in log and "index.html" in log
+    for name in ("reconstruction", "attention", "features"):
+        picture = imread(out / f"{name}.png")
+        assert min(picture.shape[:2]) > 300 and picture[..., :3].std() > 0.1, name
+    assert not list(out.glob("*unfinished*")) and not list(out.glob("*.tmp"))
+
+    text = (out / "index.html").read_text(encoding="utf-8")
+    tags = Tags(text).found
+    assert {tag for tag, _ in tags}.isdisjoint({"b", "link", "iframe"})
+    assert "x&lt;b&gt;&amp;&quot;$é.nii.gz" in text
+    addresses = [value or "" for _, a in tags for key, value in a.items() if key in ("src", "href", "srcset")]
+    assert len(addresses) > 15 and all(address.startswith("data:image/jpeg;base64,") for address in addresses)
+    assert not re.search(r"https?:|@import|url\(", text)
+    assert [a["type"] for tag, a in tags if tag == "input"].count("range") == 3
+
+    image = sitk.ReadImage(str(out / "reconstruction.nii.gz"))
+    original = sitk.ReadImage(str(ct))
+    assert image.GetSize() == original.GetSize()  # the plans' spacing is that of the phantoms
+    assert np.allclose(image.GetOrigin(), original.GetOrigin()) and image.GetDirection() == original.GetDirection()
+    assert source.model is not None
+    case = read_ct(ct, source.spacings[0], source.window_hu)
+    hidden = reconstruct_volume(source.model, case.volume, 3).masked
+    clipped = np.clip(sitk.GetArrayFromImage(original), *source.window_hu)
+    difference = np.abs(sitk.GetArrayFromImage(image) - clipped)
+    assert 0.7 < hidden.mean() < 0.8
+    assert difference[~hidden].max() <= 0.51
+    assert difference[hidden].max() > 50
+
+
+def test_weights_alone_give_the_encoders_pictures(
+    pretrained: Path, ct: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "reconstruction.png").touch()  # of an earlier call
+    code, log = command(monkeypatch, capsys, f"-run {pretrained} -i {ct} -o {tmp_path}")
+    assert code == 0
+    assert log.count("encoder only: reconstruction and the decoder's attention are left out") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["attention.png", "features.png", "index.html"]
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "encoder, layer 3" in page and "decoder block" not in page
+
+
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: str) -> tuple[int, str]:
+    """Exit code and all output."""
+    monkeypatch.setattr(sys, "argv", ["hiendmae_visualize", *flags.split()])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    shown = capsys.readouterr()
+    return int(end.value.code or 0), shown.out + shown.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("-run {run} -o {out}", "name one CT"),
+        ("-run {run} -i {ct} -d 901 -case a -o {out}", "name one CT"),
+        ("-run {run} -d 901 -o {out}", "-d and -case go together"),
+        ("-run {run} -i {ct} -o {ct}", "is a file; name a folder"),
+        ("-run {run} -i {ct} -o {ct}/below", "is a file; name a folder"),
+        ("-run {run} -i {ct} -o {out} -p nnUNetPlans", "-p goes with -d"),
+        ("-run {run} -i {ct} -o {out} -spacing 0 1 1", "three numbers in mm"),
+        ("-run {run} -i {ct} -o {out} -seed -1", "must be at least 0"),
+        ("-run {out}/none -i {ct} -o {out}", "does not exist; name the folder"),
+        ("-run {out} -i {ct} -o {out}", "has no checkpoint. Name the folder"),
+        ("-run {run}/checkpoint_final.pth -i {ct} -o {out}", "is a checkpoint; name its folder"),
+        ("-run {ct} -i {ct} -o {out}", "is not a file of plain tensors"),
+        ("-run {run} -i {out}/none.nii.gz -o {out}", "none.nii.gz does not exist"),
+        ("-run {run} -i {run}/config.json -o {out}", "no image: neither DICOM nor"),
+        ("-run {run} -i {run} -o {out}", "a folder with 0 DICOM series"),
+        ("-run {run} -i {mr} -o {out}", "not HU"),
+        ("-run {run} -i {ct} -o {out} -voxel 1 2 999", "-voxel 1 2 999 is not in"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    flags: str,
+    message: str,
+    pretrained: Path,
+    ct: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    mr = tmp_path / "mr.nii.gz"
+    sitk.WriteImage(
+        sitk.GetImageFromArray(np.random.default_rng(0).integers(0, 255, (20, 20, 20)).astype("u1")), str(mr)
+    )
+    values = {"run": pretrained.parent, "ct": ct, "out": tmp_path, "mr": mr}
+    code, log = command(monkeypatch, capsys, flags.format(**values))
+    assert code == 2, log
+    lines = [line for line in log.splitlines() if not line.startswith("loading")]
+    assert len(lines) == 1 and lines[0].startswith("hiendmae_visualize: error: ") and message in lines[0], log
+
+
+def test_unfinished_run_needs_a_spacing(
+    pretrained: Path, ct: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(pretrained.with_name("checkpoint_final.pth"), run / "checkpoint_latest.pth")
+    code, log = command(monkeypatch, capsys, f"-run {run} -i {ct} -o {tmp_path / 'out'}")
+    assert code == 2 and "does not record its spacing until it is finished; name one in mm" in log
+    code, log = command(monkeypatch, capsys, f"-run {run} -i {ct} -o {tmp_path / 'out'} -spacing 9 9 9")
+    assert code == 0, log
+    assert sitk.ReadImage(str(tmp_path / "out" / "reconstruction.nii.gz")).GetSpacing() == pytest.approx(
+        (9, 9, 9), rel=0.1
+    )
+
+
+@pytest.mark.parametrize("direction", OBLIQUE)
+def test_voxels_keep_their_place_in_the_patient(direction: tuple[float, ...], tmp_path: Path) -> None:
+    """HU that are the place in mm, so that every resampled voxel says where it is."""
+    image = sitk.Image(50, 44, 30, sitk.sitkFloat32)
+    Frame(origin=(-40.0, 12.0, 7.0), spacing=(2.0, 2.5, 4.0), direction=direction).place(image)
+    geometry = image.GetSize(), image.GetOrigin(), image.GetSpacing(), image.GetDirection()
+    everywhere = sitk.GetArrayFromImage(sitk.PhysicalPointSource(sitk.sitkVectorFloat32, *geometry))
+    for axis in range(3):
+        places = 3 * everywhere[..., axis] + 100  # the range of a CT
+        ramp = sitk.GetImageFromArray(places)
+        ramp.CopyInformation(image)
+        sitk.WriteImage(ramp, str(tmp_path / "ramp.nii.gz"))
+        case = read_ct(tmp_path / "ramp.nii.gz", (3.0, 3.0, 3.0), (-1500.0, 1500.0))
+        found = case.hu(case.volume)
+        for index in ((10, 12, 9), (25, 20, 30), (17, 30, 15)):
+            point = case.frame.to_patient(tuple(float(i) for i in index[::-1]))
+            assert (found[index] - 100) / 3 == pytest.approx(point[axis], abs=0.05)
+            assert case.voxel(case.original_voxel(index)) == pytest.approx(index, abs=1)
+
+
+def test_reconstruction_is_saved_where_it_belongs(tmp_path: Path, ct: Path) -> None:
+    case = read_ct(ct, (11.0, 9.0, 7.0), DEFAULT_WINDOW)
+    case.save(case.volume, tmp_path / "x.nii.gz")
+    image = sitk.ReadImage(str(tmp_path / "x.nii.gz"))
+    original = sitk.Cast(sitk.ReadImage(str(ct)), sitk.sitkFloat32)
+    there = sitk.Resample(original, image, sitk.Transform(), sitk.sitkLinear, -1000.0)
+    there = sitk.Clamp(there, sitk.sitkFloat32, *DEFAULT_WINDOW)
+    a, b = sitk.GetArrayFromImage(image)[1:-1, 1:-1, 1:-1], sitk.GetArrayFromImage(there)[1:-1, 1:-1, 1:-1]
+    error = np.abs(a - b).mean()
+    for axis in range(3):
+        assert error < 0.5 * np.abs(np.roll(a, 1, axis) - b).mean()
+
+
+def test_transposed_frame_describes_the_transposed_array() -> None:
+    frame = Frame(origin=(1.0, 2.0, 3.0), spacing=(0.5, 0.7, 4.0), direction=(0, 0, 1, 1, 0, 0, 0, -1, 0))
+    axes = [2, 0, 1]  # array (x, z, y)
+    z, y, x = 5.0, 6.0, 7.0
+    assert frame.transposed(axes).to_patient((y, z, x)) == pytest.approx(frame.to_patient((x, y, z)))
+
+
+def test_preprocessed_case_lies_where_the_raw_one_does(
+    world: World, ct: Path, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{kind}", str(world.root / kind))
+    raw = read_ct(ct, source.spacings[0], source.window_hu)
+    name = ct.name.removesuffix("_0000.nii.gz")
+    stored = read_preprocessed("901", name, "nnUNetPlans", "3d_fullres", source.window_hu)
+    assert stored.volume.shape == raw.volume.shape and stored.original_size == raw.original_size
+    assert np.allclose(stored.frame.origin, raw.frame.origin) and np.allclose(stored.frame.spacing, raw.frame.spacing)
+    inside = (raw.volume > 0.25) & (raw.volume < 0.9)  # the plans clip below
+    assert np.abs(stored.volume - raw.volume)[inside].max() < 1e-3
+    with pytest.raises(ValueError, match="-case nobody is not in"):
+        read_preprocessed("901", "nobody", "nnUNetPlans", "3d_fullres", source.window_hu)
+
+
+@pytest.mark.parametrize("direction", OBLIQUE)
+def test_planes_are_those_of_the_patient(direction: tuple[float, ...]) -> None:
+    array = np.random.default_rng(0).random((7, 8, 9)).astype(np.float32)
+    frame = Frame(origin=(0.0, 0.0, 0.0), spacing=(1.0, 2.0, 3.0), direction=direction)
+    turned = sitk.DICOMOrient(frame.place(sitk.GetImageFromArray(array)), "LPS")
+    orientation, expected = Orientation.of(frame), sitk.GetArrayFromImage(turned)
+    assert np.array_equal(orientation.slices(array, "axial"), expected)
+    assert np.array_equal(orientation.slices(array, "coronal")[3], expected[::-1, 3])
+    assert np.array_equal(orientation.slices(array, "sagittal")[4], expected[::-1, :, 4])
+    assert orientation.spacing == turned.GetSpacing()[::-1]
+    for plane in PLANES:
+        index = orientation.find((2, 5, 1), array.shape, plane)
+        assert orientation.slices(array, plane)[index] == array[2, 5, 1]
+
+
+def test_tiles_cover_a_volume_once() -> None:
+    shape, size = (50, 24, 90), (24, 32, 40)
+    count = np.zeros(shape, int)
+    for start in tile_starts(shape, size):
+        before = count.copy()
+        paste(count, np.ones(size, int), start)
+        assert not (before & (count != before)).any()
+    assert (count == 1).all()
+
+
+def test_rebuilding_depends_on_the_seed_alone(source: Source, ct: Path) -> None:
+    assert source.model is not None
+    volume = read_ct(ct, SPACING, source.window_hu).volume
+    one, same, other = (reconstruct_volume(source.model, volume, seed) for seed in (1, 1, 2))
+    assert np.array_equal(one.rebuilt, same.rebuilt) and np.array_equal(one.masked, same.masked)
+    assert not np.array_equal(one.masked, other.masked)
+    assert np.array_equal(one.rebuilt[~one.masked], volume[~one.masked])
+    assert np.array_equal(one.flat[~one.masked], volume[~one.masked])
+    assert not np.array_equal(one.rebuilt[one.masked], one.flat[one.masked])
+
+
+@pytest.mark.parametrize("kind", ["self", "cross"])
+def test_weights_are_those_that_the_block_used(kind: str) -> None:
+    torch.manual_seed(0)
+    x, memory = torch.randn(2, 7, 24), torch.randn(2, 5, 24)
+    attention = SelfAttention(24, 4) if kind == "self" else CrossAttention(24, 4)
+    with torch.no_grad(), projections(linear_layers(attention)) as caught:
+        output = attention(x) if kind == "self" else attention(x, memory)
+    q, k = queries_and_keys(attention, caught)
+    weights = attention_weights(q, k, 4)
+    assert torch.allclose(weights.sum(-1), torch.ones(2, 4, 7), atol=1e-6)
+    v = caught[attention.qkv].chunk(3, -1)[2] if kind == "self" else caught[attention.kv].chunk(2, -1)[1]
+    heads = v.unflatten(-1, (4, -1)).transpose(1, 2)
+    with torch.no_grad():
+        assert torch.allclose(attention.proj((weights @ heads).transpose(1, 2).flatten(2)), output, atol=1e-5)
+    assert not attention._forward_hooks and not any(m._forward_hooks for m in attention.modules())
+
+
+def test_maps_of_encoder_and_decoder(source: Source, ct: Path) -> None:
+    assert source.model is not None
+    case = read_ct(ct, SPACING, source.window_hu)
+    voxel = case.voxel(None)
+    assert case.volume[voxel] > 0
+    start = crop_around(voxel, case.volume.shape, source.img_size)
+    x = crop_at(case.volume, start, source.img_size)
+    grid = source.model.config.grid
+    token = token_of(voxel, start, source.model.config.patch_size, grid)
+    for found in encoder_attention(source.encoder, x, token):
+        assert found.weights.shape == grid and found.num_keys == 1 + np.prod(grid)
+        assert found.weights.sum() + found.to_class_token == pytest.approx(1, abs=1e-5)
+    for masks in (1, 9):
+        maps = decoder_attention(source.model, x, token, seed=0, num_masks=masks)
+        assert [found.layer for found in maps] == [3, 6, 9]
+        assert all(np.isnan(found.weights.ravel()[token]) for found in maps)
+    for found in decoder_attention(source.model, x, token, seed=0, num_masks=1):
+        assert np.isfinite(found.weights).sum() == source.model.config.num_visible
+        assert np.nansum(found.weights) + found.to_class_token == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(("decoder", "layers"), [("last_layer", [11, 11, 11]), ("self_attention", [])])
+def test_maps_of_the_decoder_controls(decoder: str, layers: list[int], source: Source) -> None:
+    assert source.model is not None
+    model = HiEndMAE(replace(source.model.config, decoder=decoder)).eval()
+    maps = decoder_attention(model, torch.rand(1, 1, *source.img_size), token=5, seed=0, num_masks=2)
+    assert [found.layer for found in maps] == layers
+
+
+def test_the_query_stays_hidden() -> None:
+    orders = orders_hiding(4, 12, 3, seed=0, count=40)
+    assert (orders.sort(1).values == torch.arange(12)).all()
+    assert not (orders[:, :3] == 4).any()
+    assert len({tuple(order[:3].tolist()) for order in orders}) > 30
+
+
+def test_crop_holds_the_voxel() -> None:
+    for voxel in ((0, 0, 0), (49, 19, 89), (30, 10, 44)):
+        start = crop_around(voxel, (50, 20, 90), (24, 32, 40))
+        assert all(s <= v < s + n for s, v, n in zip(start, voxel, (24, 32, 40), strict=True))
+        assert start[0] >= 0 and start[0] + 24 <= 50 and start[1] == -6
+
+
+def test_colours_follow_the_main_directions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(500, 3, generator=generator) * torch.tensor([9.0, 4.0, 1.0])
+    basis = torch.linalg.qr(torch.randn(20, 20, generator=generator)).Q[:, :3]
+    values, explained = principal_colours(scores @ basis.T)
+    again, _ = principal_colours(scores @ basis.T)
+    assert torch.equal(values, again)
+    assert values.min() == 0 and values.max() == 1
+    for i in range(3):
+        assert abs(np.corrcoef(values[:, i], scores[:, i])[0, 1]) > 0.95
+    assert explained[0] > explained[1] > explained[2] and sum(explained) == pytest.approx(1)
+    assert principal_colours(torch.zeros(1, 20))[0].shape == (1, 3)
+
+
+def test_place_is_taken_out_and_nothing_else() -> None:
+    generator = torch.Generator().manual_seed(0)
+    places = torch.cartesian_prod(torch.arange(4), torch.arange(5), torch.arange(6), torch.arange(3))
+    by_place = sum(torch.randn(6, 8, generator=generator)[places[:, axis]] for axis in range(4))
+    assert isinstance(by_place, torch.Tensor)
+    rest, share = without_place(by_place, places)
+    assert rest.abs().max() < 1e-4 and share == pytest.approx(1)
+    content = torch.randn(len(places), 8, generator=generator)
+    rest, share = without_place(by_place + content, places)
+    only, little = without_place(content, places)
+    assert torch.allclose(rest, only, atol=1e-4)
+    assert little < 0.1 < 0.5 < share < 1
+
+
+def test_features_of_a_ct(source: Source, ct: Path) -> None:
+    case = read_ct(ct, SPACING, source.window_hu)
+    config = source.encoder.config
+
+    def look(encoder: torch.nn.Module) -> list[np.ndarray]:
+        tokens = encode_volume(encoder, case.volume, source.img_size, TISSUE_MARGIN)  # type: ignore[arg-type]
+        found = colours(tokens, config.taps, case.volume.shape, source.img_size, config.patch_size)
+        assert [f.layer for f in found] == list(config.taps)
+        return [f.rgb for f in found]
+
+    trained, again, random = look(source.encoder), look(source.encoder), look(untrained(source, 0))
+    for a, b, c in zip(trained, again, random, strict=True):
+        assert np.array_equal(a, b) and not np.array_equal(a, c)
+        assert np.array_equal(a.any(-1), c.any(-1)) and 0.1 < a.any(-1).mean() < 1
