@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from nnunetv2_hiendmae.settings import FineTuneSettings
 
@@ -50,6 +51,23 @@ def test_reference_is_filled_in() -> None:
     for f in fields(FineTuneSettings):
         row = next(line for line in page.splitlines() if line.startswith(f"| `{f.name}` |"))
         assert not row.endswith("|  |"), f"{f.name} has no docstring"
+
+
+def test_weights_file_is_described(pretrained: Path) -> None:
+    """Every key that a file of this version has."""
+    page = (CHECKOUT / "docs" / "reference" / "weights-file.md").read_text(encoding="utf-8")
+    data = torch.load(pretrained, weights_only=True)
+    missing = [key for key in (*data, *data["header"]) if f"`{key}`" not in page]
+    assert not missing
+
+
+def test_every_variable_of_ours_is_described() -> None:
+    page = (CHECKOUT / "docs" / "reference" / "environment.md").read_text(encoding="utf-8")
+    sources = [f for p in ("nnunetv2_hiendmae", "pretraining") for f in (CHECKOUT / p).rglob("*.py")]
+    reads = re.compile(r"""environ(?:\.get\(|\[)["'](\w+)["']""")
+    names = {name for f in sources for name in reads.findall(f.read_text(encoding="utf-8"))}
+    assert {"HIENDMAE_WEIGHTS", "HIENDMAE_TIMEOUT_MINUTES"} <= names
+    assert not [name for name in names if f"`{name}`" not in page]
 
 
 @pytest.mark.parametrize("name", commands())
