@@ -23,10 +23,8 @@ def levels(report: str) -> list[str]:
 
 def test_all_is_well(world: World, pretrained: Path) -> None:
     report = world.run(f"{QUICK} -d 901", HIENDMAE_WEIGHTS=str(pretrained))
-    assert (
-        "problem" not in levels(report) and "0 problems" in report
+    assert "problem" not in levels(report) and "0 problems" in report
     assert "\033" not in report and "Warning" not in report
-    )
     assert "6 raw cases, with labels" in report and "6 cases preprocessed" in report
     assert f"weights: {pretrained} (named by the environment variable HIENDMAE_WEIGHTS)" in report
     assert f"pre-trained on {DATASET} (6 cases)" in report and "more voxels" in report

@@ -74,6 +74,7 @@ def test_card_of_a_manifest() -> None:
     assert "| Dataset510_A | 7 | 3 × 2 × 2 | CC0 \\| &lt;b> | doi | 17 |" in card and "license: cc0-1.0" in card
 
 
+@pytest.mark.slow
 def test_zip_predicts_elsewhere(world: World, pretrained: Path, tmp_path: Path) -> None:
     """nnU-Net's export and install carry our model; it predicts the same without weights file and variables."""
     weights = tmp_path / "moved.pth"
