@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import DATASET, World
 
 from nnunetv2_hiendmae.architectures.unetr import HiEndMAEUNETR
 from nnunetv2_hiendmae.architectures.vit import ViTConfig
@@ -52,3 +57,25 @@ def test_frozen_encoder_keeps_every_bit(frozen_epochs: int) -> None:
     changed = {name for name, tensor in net.state_dict().items() if not torch.equal(tensor, before[name])}
     assert any(name.startswith("up_blocks") for name in changed)
     assert any(name.startswith("vit.") for name in changed) == (frozen_epochs < 3)
+
+
+AXES = """
+import json, sys, torch
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+plans, dataset, name = json.load(open(sys.argv[1])), json.load(open(sys.argv[2])), sys.argv[3]
+plans["configurations"]["3d_fullres"]["hiendmae"] = json.loads(sys.argv[4])
+trainer = recursive_find_trainer_class_by_name(name)(plans, "3d_fullres", 0, dataset, torch.device("cpu"))
+choices = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+print(json.dumps([choices[3], trainer.inference_allowed_mirroring_axes]))
+"""
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainerBudget", "nnUNetTrainerHiEndMAE_scratch"])
+def test_no_mirroring(world: World, name: str) -> None:
+    """Neither in training nor in prediction; without the setting as nnU-Net does."""
+    folder = world.root / "preprocessed" / DATASET
+    files = [str(folder / "nnUNetPlans.json"), str(folder / "dataset.json")]
+    for block, axes in (({}, [0, 1, 2]), ({"no_mirroring": True}, None)):
+        command = [sys.executable, "-W", "ignore", "-c", AXES, *files, name, json.dumps(block)]
+        said = subprocess.run(command, env=world.env, capture_output=True, check=True, encoding="utf-8").stdout
+        assert json.loads(said.splitlines()[-1]) == [axes, axes]
