@@ -63,7 +63,7 @@ AXES = """
 import json, sys, torch
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 plans, dataset, name = json.load(open(sys.argv[1])), json.load(open(sys.argv[2])), sys.argv[3]
-plans["configurations"]["3d_fullres"]["hiendmae"] = json.loads(sys.argv[4])
+plans["configurations"]["3d_fullres"]["hiendmae"], plans["continue_training"] = json.loads(sys.argv[4]), False
 trainer = recursive_find_trainer_class_by_name(name)(plans, "3d_fullres", 0, dataset, torch.device("cpu"))
 choices = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
 print(json.dumps([choices[3], trainer.inference_allowed_mirroring_axes]))
