@@ -27,9 +27,9 @@ APPENDED = {
     "nnUNetv2_predict": "-device cpu --disable_tta -npp 1 -nps 1",
 }
 # Pages in an order in which each finds what it needs. Not here, because another test or CI runs it: pip, the demo
-# (test_demo), the benchmark (test_benchmark), the authors' weights (test_import_weights), pictures (test_visualize), zip
-# files and the hub (test_share), packing with the speed measurement (test_speed), the experiments (by hand, on real CT).
-# The SLURM script and the export lines are not run.
+# (test_demo), the benchmark (test_benchmark), the authors' weights (test_import_weights), pictures (test_visualize),
+# zip files and the hub (test_share), packing with the speed measurement (test_speed), the experiments (by hand, on
+# real CT). The SLURM script and the export lines are not run.
 PAGES = (
     "getting-started.md",
     "how-to/your-own-scans.md",
