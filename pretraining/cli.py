@@ -266,7 +266,7 @@ def work(job: Job) -> None:
         code, message = 1, f"error: {one_line(error)} Continue from the last checkpoint with --c."
     except KeyboardInterrupt:
         code, message = 130, "interrupted; --c continues from the last checkpoint"
-    leave(code, message)  # not above: while the error lives, so do the loader's processes, and Python waits for them
+    leave(code, message)
 
 
 def one_line(error: BaseException) -> str:
@@ -277,12 +277,10 @@ def one_line(error: BaseException) -> str:
 
 
 def leave(code: int, message: str) -> NoReturn:
-    """End the process with one line."""
+    """End the process with one line, at once: Python would wait for loader processes, a rank for others that failed."""
     print(f"hiendmae_pretrain: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    if distributed.launched():
-        os._exit(code)  # a rank must not wait for others that failed
-    sys.exit(code)
+    os._exit(code)
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ def results(world: World, trainer: str = "nnUNetTrainerHiEndMAE", plans: str = P
 def trained(world: World, pretrained: Path) -> World:
     """Fold 0 trained for two epochs; the log says what was loaded."""
     world.run(f"hiendmae_plan -d 901 {SHORT}")
+    pretrained.touch()  # other tests pre-train in this world, too
     log = world.run(TRAIN.format(fold=0))
     sha256 = load_weights(pretrained).sha256
     assert f"{pretrained} (the newest finished pre-training under nnUNet_results), sha256 {sha256}" in log
