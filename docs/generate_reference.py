@@ -54,7 +54,7 @@ def field_table(path: str) -> str:
     cls = getattr(importlib.import_module(module), name)
     meaning = field_docs(cls)
     rows = [
-        f"| `{f.name}` | `{cell(str(f.type))}` | {default(f)} | {cell(meaning.get(f.name, ''))} |" for f in fields(cls)
+        f"| `{f.name}` | `{str(f.type).replace(' | ', ' or ')}` | {default(f)} | {cell(meaning.get(f.name, ''))} |" for f in fields(cls)
     ]
     return "\n".join(["| name | type | default | |", "|---|---|---|---|", *rows])
 
