@@ -53,9 +53,10 @@ def field_table(path: str) -> str:
     module, name = path.rsplit(".", 1)
     cls = getattr(importlib.import_module(module), name)
     meaning = field_docs(cls)
-    rows = [
-        f"| `{f.name}` | `{str(f.type).replace(' | ', ' or ')}` | {default(f)} | {cell(meaning.get(f.name, ''))} |" for f in fields(cls)
-    ]
+    rows = []
+    for f in fields(cls):
+        kind = str(f.type).replace(" | ", " or ")
+        rows.append(f"| `{f.name}` | `{kind}` | {default(f)} | {cell(meaning.get(f.name, ''))} |")
     return "\n".join(["| name | type | default | |", "|---|---|---|---|", *rows])
 
 
