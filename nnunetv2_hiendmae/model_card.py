@@ -21,8 +21,9 @@ tags:
 
 USE = """## Use
 
+With nnunetv2_hiendmae and its `hub` extra installed:
+
 ```bash
-pip install "nnunetv2_hiendmae[hub]"
 hiendmae_share pull -repo {repo} -o weights.pth
 HIENDMAE_WEIGHTS=weights.pth nnUNetv2_train DATASET 3d_fullres 0 -tr nnUNetTrainerHiEndMAE
 ```
@@ -32,8 +33,8 @@ HIENDMAE_WEIGHTS=weights.pth nnUNetv2_train DATASET 3d_fullres 0 -tr nnUNetTrain
 - Starting point for training segmentation networks on CT, in research. **Not a medical device**; not validated for
   patients. These weights segment nothing by themselves.
 - CT in Hounsfield units: the encoder saw {low:g} to {high:g} HU and nothing outside, and no other modality.
-- It knows the anatomy, scanners, protocols and patients of the data above, with their biases. Gains are largest with
-  few labels of similar data; with many labels a plain nnU-Net may be as good.
+- It knows the anatomy, scanners, protocols and patients of the data above, with their biases. The papers on
+  masked pre-training report their largest gains with few labels; with many, a plain nnU-Net may be as good.
 - Do not test on scans that are in the data above.
 
 ## Citation

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,14 @@ def push(file: Path, repo: str, private: bool, licence: str) -> str:
     weights = load_weights(file)
     hub = client(repo)
     card = model_card(weights, repo, licence).encode()
+    api = hub.HfApi()
     try:
-        address = hub.HfApi().create_repo(repo, private=private, exist_ok=True)
+        address = api.create_repo(repo, private=private, exist_ok=True)
         operations = [
             hub.CommitOperationAdd(WEIGHTS_FILE, str(file)),
             hub.CommitOperationAdd("README.md", card),
         ]
-        hub.HfApi().create_commit(repo, operations, commit_message=f"Weights, sha256 {weights.sha256}")
+        api.create_commit(repo, operations, commit_message=f"Weights, sha256 {weights.sha256}")
     except Exception as error:  # the client's errors have many roots: HTTP, network, login
         raise HubError(reason(error)) from None
     return str(address)
@@ -56,9 +58,9 @@ def pull(repo: str, output: Path, revision: str | None) -> Weights:
             file = hub.hf_hub_download(repo, WEIGHTS_FILE, revision=revision, local_dir=folder)
         except Exception as error:
             raise HubError(reason(error)) from None
-        load_weights(file)
+        weights = load_weights(file)
         os.replace(file, output)
-    return load_weights(output)
+    return replace(weights, path=output)
 
 
 def client(repo: str) -> Any:
@@ -68,7 +70,7 @@ def client(repo: str) -> Any:
     try:
         import huggingface_hub
     except ImportError:
-        raise ValueError("the hub's client is not installed. Run: pip install 'nnunetv2_hiendmae[hub]'") from None
+        raise ValueError("the hub's client is not installed. Run: pip install 'huggingface_hub>=0.34'") from None
     return huggingface_hub
 
 

@@ -12,7 +12,7 @@ EXAMPLES = """Examples:
   hiendmae_share push -i encoder_weights.pth -repo USER/NAME --private
   hiendmae_share pull -repo USER/NAME -o weights.pth
 
-Log in once with 'hf auth login' (pip install 'nnunetv2_hiendmae[hub]').
+Log in once with 'hf auth login' (pip install huggingface_hub).
 """
 
 
