@@ -1,7 +1,7 @@
 """MkDocs hook: reference pages are filled in from parsers and dataclasses, so that they cannot drift.
 
-A line ``[[help: hiendmae_pack]]`` becomes the command's help, ``[[help of every command]]`` all of them, and
-``[[fields: pretraining.config.RunConfig]]`` a table of a dataclass' fields.
+A line ``[[help of every command]]`` becomes the commands' help, ``[[fields: pretraining.config.RunConfig]]`` a table of
+a dataclass' fields.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from importlib.metadata import distribution
 from typing import Any
 
 PACKAGE = "nnunetv2_hiendmae"
-MARKER = re.compile(r"^\[\[(help|fields|help of every command)(?:: (.+))?\]\]$", re.MULTILINE)
+MARKER = re.compile(r"^\[\[(fields|help of every command)(?:: (.+))?\]\]$", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -84,4 +84,4 @@ def cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-GENERATORS = {"help": command_help, "fields": field_table, "help of every command": every_command}
+GENERATORS = {"fields": field_table, "help of every command": every_command}

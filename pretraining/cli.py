@@ -18,7 +18,7 @@ from nnunetv2_hiendmae.command import CommandParser
 from nnunetv2_hiendmae.intensity import DEFAULT_WINDOW
 from pretraining import distributed
 from pretraining.checkpoint import FINAL, LATEST, OLDER, run_folder
-from pretraining.config import DECODERS, PRECISIONS, PRESETS, RunConfig, Runtime
+from pretraining.config import DECODERS, PACKED, PRECISIONS, PRESETS, RunConfig, Runtime
 from pretraining.corpus import Corpus
 from pretraining.pack_cli import packed_folder
 from pretraining.packed import PackedCorpus
@@ -110,7 +110,7 @@ def find_corpus(args: argparse.Namespace) -> tuple[Corpus, dict[str, Any]]:
         if given:
             raise ValueError(f"-{given[0]} was settled when {args.packed} was packed; leave it out.")
         names = tuple(d.name for d in packed.datasets)
-        fields = {"datasets": names, "plans": "packed", "configuration": packed.folder.name}
+        fields = {"datasets": names, "plans": PACKED, "configuration": packed.folder.name}
         return packed, {**fields, "window_hu": packed.window, "packed_bits": packed.bits}
     window = tuple(args.window or DEFAULT_WINDOW)
     plans, configuration = args.p or default_plans(args.d), args.c or "3d_fullres"

@@ -209,6 +209,13 @@ class Runtime:
         return batch_size // (world_size * self.accumulate)
 
 
+PACKED = "packed"
+"""What runs on packed data have for a plans name."""
+
+BYTES_OF_STATE = 16
+"""A parameter, its gradient, and AdamW's two moments, in fp32."""
+
+
 def plain(value: Any) -> Any:
     """Tuples as lists, all the way down."""
     if isinstance(value, dict):

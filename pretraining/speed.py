@@ -14,7 +14,7 @@ import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretraining.config import RunConfig, Runtime
+from pretraining.config import BYTES_OF_STATE, RunConfig, Runtime
 from pretraining.corpus import Corpus
 from pretraining.masking import patchify
 from pretraining.model import HiEndMAE
@@ -25,8 +25,6 @@ from pretraining.train import TrainState, backward, prepare_network, update
 ROUNDS, BATCH = 5, 8
 CONSTANT = 1e-3
 """Standard deviation in canonical units (0.4 HU); its square is the 1e-6 that guards the target's variance."""
-BYTES_OF_STATE = 16
-"""A parameter, its gradient, and AdamW's two moments, in fp32."""
 
 
 def data_path(corpora: dict[str, Corpus], config: RunConfig, seconds: float) -> dict[str, float]:

@@ -41,7 +41,10 @@ def command_lines() -> list[str]:
 @pytest.mark.parametrize("line", command_lines())
 def test_commands_in_the_documentation_parse(line: str) -> None:
     name, *arguments = shlex.split(line)
-    importlib.import_module(commands()[name]).parser().parse_args(arguments)
+    try:
+        importlib.import_module(commands()[name]).parser().parse_args(arguments)
+    except SystemExit as end:
+        assert end.code == 0, f"'{line}' is not understood"
 
 
 def test_reference_is_filled_in() -> None:

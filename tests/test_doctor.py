@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,9 @@ def test_problems_and_their_mends(world: World, tmp_path: Path) -> None:
     assert "No Hi-End-MAE weights found" in report and "→ hiendmae_pretrain" in report
     report = world.run(f"{QUICK} -d 901 -c 3d_lowres", ok=False)
     assert "has no configuration 3d_lowres" in report
+    (tmp_path / "preprocessed" / DATASET / "nnUNetPlans.json").write_text("{", encoding="utf-8")
+    report = world.run(f"{QUICK} -d 901", ok=False, **empty)
+    assert "nnUNetPlans.json is damaged" in report and "Traceback" not in report
     report = world.run(QUICK, ok=False, nnUNet_raw="", nnUNet_results=str(tmp_path / "none"))
     assert "variable nnUNet_raw is not set" in report and f"→ mkdir -p {tmp_path / 'none'}" in report
 
@@ -74,6 +78,17 @@ def test_old_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pretraining.doctor.environment.version", lambda name: "0.1" if name == "nnunetv2" else "99")
     problems = [f for f in check_versions() if f.level == "problem"]
     assert [f.what.split()[0] for f in problems] == ["nnunetv2"] and "pip install 'nnunetv2>=" in problems[0].mend
+
+
+def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(name: str) -> str:
+        if name == "surface-distance":
+            raise PackageNotFoundError(name)
+        return "99"
+
+    monkeypatch.setattr("pretraining.doctor.environment.version", without)
+    (problem,) = [f for f in check_versions() if f.level == "problem"]
+    assert problem.what == "surface-distance is not installed." and "pip install 'surface-distance" in problem.mend
 
 
 def test_plan_against_weights(world: World, pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

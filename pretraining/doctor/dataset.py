@@ -8,9 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunetv2_hiendmae.folders import preprocessed_folder, raw_folder
+from nnunetv2_hiendmae.folders import preprocessed_folder
+from nnunetv2_hiendmae.intensity import clip_warning, plan_intensities
+from nnunetv2_hiendmae.settings import FineTuneSettings
+from nnunetv2_hiendmae.weights import find_weights, load_weights
 from pretraining.doctor.finding import Finding
+from pretraining.preprocess import RawDataSet
 from pretraining.preprocessed import default_plans
 
 SPACING_RATIO = 1.5
@@ -20,19 +26,18 @@ SPACING_RATIO = 1.5
 def check_dataset(dataset: str, plans: str | None, configuration: str) -> Iterator[Finding]:
     """Raw data, plans and volumes; then the weights against the plans."""
     try:
-        raw, folder = raw_folder(dataset), preprocessed_folder(dataset)
-        plans_name = plans or default_plans([dataset])
+        folder, plans_name = preprocessed_folder(dataset), plans or default_plans([dataset])
     except ValueError as error:
-        yield Finding(
-            "problem", str(error), "look into nnUNet_raw; hiendmae_ingest makes a data set from a heap of scans"
-        )
+        mend = "look into nnUNet_raw; hiendmae_ingest makes a data set from a heap of scans"
+        yield Finding("problem", str(error), mend)
         return
-    labelled = (raw / "labelsTr").is_dir()
-    cases = count_cases(raw) if (raw / "dataset.json").is_file() else 0
-    if raw.is_dir() and not cases:
-        yield Finding("problem", f"{raw} has no dataset.json or no training images.", "see nnU-Net's dataset format")
-    elif raw.is_dir():
-        yield Finding("ok", f"{raw.name}: {cases} raw cases, {'with' if labelled else 'without'} labels")
+    try:
+        raw = RawDataSet.open(dataset)
+        cases, labelled = len(raw.images), raw.is_labelled
+        yield Finding("ok", f"{raw.folder.name}: {cases} raw cases, {'with' if labelled else 'without'} labels")
+    except ValueError as error:
+        cases, labelled = 0, (folder / "gt_segmentations").is_dir()
+        yield Finding("warning", f"{error} Nothing can be preprocessed.", "see nnU-Net's data set format")
     plans_file = folder / f"{plans_name}.json"
     prepare = (
         f"nnUNetv2_plan_and_preprocess -d {dataset} -pl HiEndMAEPlanner -c 3d_fullres"
@@ -42,9 +47,11 @@ def check_dataset(dataset: str, plans: str | None, configuration: str) -> Iterat
     if not plans_file.is_file():
         yield Finding("problem", f"{plans_file} does not exist.", prepare)
         return
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-    manager = PlansManager(load_json(str(plans_file)))
+    try:
+        manager = PlansManager(load_json(str(plans_file)))
+    except ValueError as error:
+        yield Finding("problem", f"{plans_file} is damaged ({error}).", prepare)
+        return
     if configuration not in manager.available_configurations:
         known = ", ".join(manager.available_configurations)
         yield Finding(
@@ -62,16 +69,8 @@ def check_dataset(dataset: str, plans: str | None, configuration: str) -> Iterat
         yield from check_weights(dataset, manager.plans, plan, f"{plans_name}, {configuration}")
 
 
-def count_cases(raw: Path) -> int:
-    """Training cases that the raw folder names."""
-    ending = load_json(str(raw / "dataset.json")).get("file_ending", ".nii.gz")
-    return sum(1 for f in (raw / "imagesTr").glob(f"*_0000{ending}")) if (raw / "imagesTr").is_dir() else 0
-
-
 def check_volumes(folder: Path, cases: int, prepare: str) -> Iterator[Finding]:
     """Whether every raw case was preprocessed."""
-    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
-
     done = len(nnUNetDatasetBlosc2.get_identifiers(str(folder))) if folder.is_dir() else 0
     if not done:
         yield Finding("problem", f"{folder} holds no preprocessed volumes.", prepare)
@@ -83,10 +82,6 @@ def check_volumes(folder: Path, cases: int, prepare: str) -> Iterator[Finding]:
 
 def check_weights(dataset: str, plans: dict[str, Any], plan: dict[str, Any], name: str) -> Iterator[Finding]:
     """The weights that a fine-tuning would take: where from, made of what, and whether the plans suit them."""
-    from nnunetv2_hiendmae.intensity import clip_warning, plan_intensities
-    from nnunetv2_hiendmae.settings import FineTuneSettings
-    from nnunetv2_hiendmae.weights import find_weights, load_weights
-
     try:
         settings = FineTuneSettings.from_configuration(plan)
         path, reason = find_weights(settings.weights)

@@ -8,19 +8,22 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.metadata import requires, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+import torch
 from packaging.requirements import Requirement
 
+from pretraining.config import BYTES_OF_STATE, PRESETS
 from pretraining.doctor.finding import Finding
+from pretraining.model import HiEndMAE
 
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 DOOR = Path("training/nnUNetTrainer/variants/hiendmae_trainer.py")
 """Where an installed wheel puts the module through which nnU-Net finds our trainers, below nnunetv2."""
 TRAINER = "nnUNetTrainerHiEndMAE"
-BYTES_OF_STATE = 16
-"""A parameter, its gradient and AdamW's two moments, in fp32; the last three but the gradient are in a checkpoint."""
+BYTES_IN_CHECKPOINT = 12
+"""Of a parameter: itself and AdamW's two moments, in fp32."""
 GIB = 2**30
 
 
@@ -45,7 +48,11 @@ def check_versions() -> Iterator[Finding]:
         needed = Requirement(text)
         if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
             continue
-        found = version(needed.name)
+        try:
+            found = version(needed.name)
+        except PackageNotFoundError:
+            yield Finding("problem", f"{needed.name} is not installed.", f"pip install '{needed}'")
+            continue
         if not needed.specifier.contains(found, prereleases=True):
             yield Finding(
                 "problem", f"{needed.name} {found} is installed; {needed} is needed.", f"pip install '{needed}'"
@@ -74,8 +81,6 @@ def check_torchvision() -> Iterator[Finding]:
 
 def check_device(device: str | None) -> Iterator[Finding]:
     """Whether torch sees the device that is asked for; None: the GPU, if there is one."""
-    import torch
-
     if device is None and not torch.cuda.is_available():
         what = (
             f"torch finds no CUDA device, which our and nnU-Net's commands use by default; {os.cpu_count()} CPU cores."
@@ -97,18 +102,13 @@ def check_device(device: str | None) -> Iterator[Finding]:
 
 def check_preset(preset_name: str, device: str) -> Iterator[Finding]:
     """Memory and disk that pre-training with a preset takes at least."""
-    import torch
-
-    from pretraining.config import PRESETS
-    from pretraining.model import HiEndMAE
-
     preset = PRESETS[preset_name]
     config = preset.model(
         crop_size=preset.crop_size, patch_size=preset.encoder.patch_size, in_channels=1, mask_ratio=0.75
     )
     with torch.device("meta"):
         parameters = sum(p.numel() for p in HiEndMAE(config).parameters())
-    states, checkpoint = parameters * BYTES_OF_STATE / GIB, parameters * 12 / GIB
+    states, checkpoint = parameters * BYTES_OF_STATE / GIB, parameters * BYTES_IN_CHECKPOINT / GIB
     there = memory(device)
     words = f"{preset_name}: {parameters / 1e6:.0f} M parameters; states take {states:.1f} GiB, activations come on top"
     if there is None:
@@ -131,8 +131,6 @@ def check_preset(preset_name: str, device: str) -> Iterator[Finding]:
 
 def memory(device: str) -> float | None:
     """GiB of the first GPU, or of the machine; None where it cannot be told."""
-    import torch
-
     if device == "cuda":
         return torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else None
     names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")

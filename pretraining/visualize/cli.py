@@ -74,9 +74,21 @@ def main() -> NoReturn:
     try:
         check(args)
         print("loading the network and the CT ...", flush=True)
-        from pretraining.visualize.visualize import visualize  # slow to import: flags first
+        from pretraining.visualize.visualize import Request, visualize  # slow to import: flags first
 
-        visualize(args)
+        request = Request(
+            run=args.run,
+            output=args.o,
+            image=args.i,
+            dataset=args.d,
+            case=args.case,
+            plans=args.p,
+            voxel=args.voxel and tuple(args.voxel),
+            spacing=args.spacing and tuple(args.spacing),
+            seed=args.seed,
+            device=args.device,
+        )
+        visualize(request)
     except ValueError as error:
         p.exit(2, f"{p.prog}: error: {' '.join(str(error).split())}\n")
     except OSError as error:

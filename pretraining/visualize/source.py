@@ -12,7 +12,7 @@ from nnunetv2_hiendmae.architectures.vit import ViT
 from nnunetv2_hiendmae.intensity import Window
 from nnunetv2_hiendmae.weights import WEIGHTS_FILE, check_keys, load_encoder, load_weights
 from pretraining.checkpoint import load_checkpoint
-from pretraining.config import RunConfig, Size
+from pretraining.config import PACKED, RunConfig, Size
 from pretraining.model import HiEndMAE
 
 Spacing = tuple[float, float, float]
@@ -32,7 +32,7 @@ class Source:
     spacings: tuple[Spacing, ...]
     """Distinct spacings of its data sets in mm, in the axis order of the volumes; none if not recorded."""
     plans: tuple[str, str] | None = None
-    """Plans and configuration of the run; None for a weights file."""
+    """Plans and configuration of the run; None for a weights file, and for a run on packed data."""
     steps: int | None = None
 
 
@@ -76,7 +76,7 @@ def open_run(folder: Path) -> Source:
         img_size=config.model.img_size,
         window_hu=config.window_hu,
         spacings=distinct_spacings(load_weights(exported).header) if exported.is_file() else (),
-        plans=(config.plans, config.configuration),
+        plans=None if config.plans == PACKED else (config.plans, config.configuration),
         steps=checkpoint["step"],
     )
 

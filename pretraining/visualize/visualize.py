@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
+from pretraining.cli import pick_device
 from pretraining.config import Size
 from pretraining.corpus import TISSUE_MARGIN
 from pretraining.preprocessed import default_plans
@@ -40,17 +41,37 @@ NUM_MASKS = 64
 """Masks that the decoder's attention is averaged over; each leaves a patch visible with a chance of a quarter."""
 
 
-def visualize(args: argparse.Namespace) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to look at: one network, and one CT, which is either ``image`` or ``case`` of ``dataset``."""
+
+    run: Path
+    """Folder of a run, or a weights file."""
+    output: Path
+    image: Path | None = None
+    """CT in HU: a file, or a folder of one DICOM series."""
+    dataset: str | None = None
+    case: str | None = None
+    plans: str | None = None
+    """Of the data set; None: those of the run."""
+    voxel: tuple[int, int, int] | None = None
+    """``(x, y, z)`` of the CT, from 0; None: the middle of the body."""
+    spacing: Spacing | None = None
+    """For an ``image``, mm, slices first; None: that of the pre-training."""
+    seed: int = 0
+    device: str = "cpu"
+
+
+def visualize(request: Request) -> None:
     """What the command does. ``ValueError`` for a user's mistake, ``OSError`` if a file cannot be written."""
-    device = pick_device(args.device)
-    source = open_source(args.run, device)
-    case = read_case(args, source)
-    voxel = case.voxel(None if args.voxel is None else tuple(args.voxel))
-    args.o.mkdir(parents=True, exist_ok=True)
+    source = open_source(request.run, pick_device(request.device, 1))
+    case = read_case(request, source)
+    voxel = case.voxel(request.voxel)
+    request.output.mkdir(parents=True, exist_ok=True)
     for name in OUTPUTS:  # of an earlier call: pictures of two networks must not lie side by side
-        (args.o / name).unlink(missing_ok=True)
+        (request.output / name).unlink(missing_ok=True)
     orientation = Orientation.of(case.frame)
-    x, y, z = args.voxel or case.original_voxel(voxel)
+    x, y, z = request.voxel or case.original_voxel(voxel)
     caption = f"{source.name} on {case.name}"
     low, high = case.window_hu
     facts = [
@@ -59,7 +80,7 @@ def visualize(args: argparse.Namespace) -> None:
         f"Voxel {x} {y} {z} (x, y, z from 0).",
         f"Network {source.name}: crops of {' × '.join(map(str, source.img_size))} voxels, patches of "
         f"{' × '.join(map(str, source.encoder.config.patch_size))}, {source.steps or 'unknown'} steps. "
-        f"Seed {args.seed}.",
+        f"Seed {request.seed}.",
     ]
     print("\n".join(facts), flush=True)
     galleries = []
@@ -67,37 +88,32 @@ def visualize(args: argparse.Namespace) -> None:
         print(f"{source.name} holds an encoder only: reconstruction and the decoder's attention are left out; "
               "they need the run's folder (-run FOLDER).", flush=True)  # fmt: skip
     else:
-        galleries.append(reconstruction(source, case, voxel, args))
-    galleries.append(attention(source, case, voxel, args.seed))
-    galleries.append(features(source, case, voxel, args.seed))
+        galleries.append(reconstruction(source, case, voxel, request))
+    galleries.append(attention(source, case, voxel, request.seed))
+    galleries.append(features(source, case, voxel, request.seed))
     for gallery in galleries:
-        draw(gallery, orientation, case.window_hu, f"{gallery.title}: {caption}", args.o / f"{gallery.key}.png")
-    page = args.o / "index.html"
+        picture = request.output / f"{gallery.key}.png"
+        draw(gallery, orientation, case.window_hu, f"{gallery.title}: {caption}", picture)
+    page = request.output / "index.html"
     write_page(galleries, orientation, case.window_hu, caption, facts, page)
-    print(f"Pictures in {args.o}: {', '.join(f'{g.key}.png' for g in galleries)}\nOpen {page.absolute()} in a browser.")
+    names = ", ".join(f"{g.key}.png" for g in galleries)
+    print(f"Pictures in {request.output}: {names}\nOpen {page.absolute()} in a browser.")
 
 
-def pick_device(name: str) -> torch.device:
-    """``ValueError`` if the machine lacks it."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if not there[name]:
-        raise ValueError(f"-device {name}: torch finds no such device here; use -device cpu.")
-    return torch.device(name)
-
-
-def read_case(args: argparse.Namespace, source: Source) -> Case:
-    """The CT that the flags name. ``ValueError`` if it is not there or its spacing is not known."""
-    if args.d is not None:
-        plans, configuration = source.plans or (default_plans([args.d]), "3d_fullres")
-        case = read_preprocessed(args.d, args.case, args.p or plans, configuration, source.window_hu)
+def read_case(request: Request, source: Source) -> Case:
+    """The CT that is asked for. ``ValueError`` if it is not there or its spacing is not known."""
+    if request.dataset is not None and request.case is not None:
+        plans, configuration = source.plans or (default_plans([request.dataset]), "3d_fullres")
+        plans = request.plans or plans
+        case = read_preprocessed(request.dataset, request.case, plans, configuration, source.window_hu)
         here = case.frame.spacing[::-1]  # of whole voxels: not exactly that of the plans
         if source.spacings and not any(np.allclose(here, known, rtol=0.1) for known in source.spacings):
             known = " or ".join(map(show_mm, source.spacings))
             print(f"WARNING: the case has {show_mm(here)} mm, the network knows {known} mm; name other plans with -p.")
         return case
-    if not args.i.exists():
-        raise ValueError(f"-i {args.i} does not exist.")
-    return read_ct(args.i, choose_spacing(args, source), source.window_hu)
+    if request.image is None or not request.image.exists():
+        raise ValueError(f"-i {request.image} does not exist.")
+    return read_ct(request.image, choose_spacing(request, source), source.window_hu)
 
 
 def show_mm(spacing: Spacing) -> str:
@@ -105,18 +121,17 @@ def show_mm(spacing: Spacing) -> str:
     return " × ".join(f"{mm:.3g}" for mm in spacing)
 
 
-def choose_spacing(args: argparse.Namespace, source: Source) -> Spacing:
-    """``-spacing``, or the one that the pre-training had. ``ValueError`` if that is none or several."""
-    if args.spacing is not None:
-        h, w, d = args.spacing
-        return h, w, d
+def choose_spacing(request: Request, source: Source) -> Spacing:
+    """The one asked for, or the one that the pre-training had. ``ValueError`` if that is none or several."""
+    if request.spacing is not None:
+        return request.spacing
     if len(source.spacings) == 1:
         return source.spacings[0]
     known = " or ".join(" ".join(f"{mm:g}" for mm in s) for s in source.spacings)
     why = f"was pre-trained at several spacings ({known} mm)" if known else "does not record its spacing"
     if not known and source.model is not None:
         why += " until it is finished"
-    raise ValueError(f"-run {args.run} {why}; name one in mm, slices first, e.g. -spacing 1.5 1.5 1.5.")
+    raise ValueError(f"-run {request.run} {why}; name one in mm, slices first, e.g. -spacing 1.5 1.5 1.5.")
 
 
 def show(batches: list[Any]) -> Iterator[Any]:
@@ -124,11 +139,11 @@ def show(batches: list[Any]) -> Iterator[Any]:
     return iter(tqdm(batches, unit="batch", disable=not sys.stderr.isatty(), leave=False))
 
 
-def reconstruction(source: Source, case: Case, voxel: Size, args: argparse.Namespace) -> Gallery:
+def reconstruction(source: Source, case: Case, voxel: Size, request: Request) -> Gallery:
     """The whole CT rebuilt; also writes ``reconstruction.nii.gz``."""
     assert source.model is not None
-    result = reconstruct_volume(source.model, case.volume, args.seed, show)
-    case.save(result.rebuilt, args.o / "reconstruction.nii.gz")
+    result = reconstruct_volume(source.model, case.volume, request.seed, show)
+    case.save(result.rebuilt, request.output / "reconstruction.nii.gz")
     hidden = result.masked & (case.volume > TISSUE_MARGIN)
     width = case.window_hu[1] - case.window_hu[0]
     predicted, flat = (
