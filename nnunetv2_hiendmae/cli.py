@@ -8,10 +8,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
+from batchgenerators.utilities.file_and_folder_operations import save_json
 
-from nnunetv2_hiendmae.command import CommandParser
-from nnunetv2_hiendmae.folders import preprocessed_folder
+from nnunetv2_hiendmae.command import CommandParser, check_count
+from nnunetv2_hiendmae.folders import preprocessed_folder, read_plans
 from nnunetv2_hiendmae.patch import with_patch_size
 from nnunetv2_hiendmae.settings import BLOCK, FineTuneSettings
 from nnunetv2_hiendmae.weights import load_weights
@@ -45,8 +45,8 @@ def make_plans(
         raise ValueError(
             f"-plans_name '{plans_name}' must not be empty or contain '__' (nnU-Net splits folders there)."
         )
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"-batch_size {batch_size} must be at least 1.")
+    if batch_size is not None:
+        check_count("-batch_size", batch_size)
     configurations = {}
     for name, configuration in source["configurations"].items():
         block = {**configuration.get(BLOCK, {}), **settings}
@@ -93,16 +93,16 @@ def plan(args: argparse.Namespace) -> Path:
     folder = preprocessed_folder(args.d)
     source_file, plans_name = folder / f"{args.p}.json", args.plans_name or f"{args.p}_hiendmae"
     target = folder / f"{plans_name}.json"
-    if not source_file.is_file():
-        raise ValueError(f"{source_file} does not exist. Run 'nnUNetv2_plan_and_preprocess -d {args.d}' first.")
-    if target.is_file() and BLOCK not in str(load_json(str(target))["configurations"]):
+    source = read_plans(source_file, f"Run 'nnUNetv2_plan_and_preprocess -d {args.d}' first.")
+    written = read_plans(target, "Remove it, or choose another -plans_name.") if target.is_file() else None
+    if written is not None and BLOCK not in str(written["configurations"]):
         raise ValueError(f"{target} exists and was not written by hiendmae_plan; choose another -plans_name.")
     given = {f.name: getattr(args, f.name, None) for f in fields(FineTuneSettings)}
     settings = {name: value for name, value in given.items() if value is not None}
     if args.weights is not None:
         weights = load_weights(args.weights)
         settings |= {"weights": str(weights.path.absolute()), "weights_sha256": weights.sha256}
-    plans = make_plans(load_json(str(source_file)), plans_name, settings, args.patch_size, args.batch_size)
+    plans = make_plans(source, plans_name, settings, args.patch_size, args.batch_size)
     save_json(plans, str(target), sort_keys=False)
     return target
 

@@ -5,6 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
+MAX_COUNT = 2**31 - 1
+"""Of steps, crops, processes and the like: more is a slip of the hand."""
+
+
+def check_count(name: str, value: int, low: int = 1) -> None:
+    """``ValueError`` unless ``value`` is ``low`` to ``MAX_COUNT``."""
+    if not low <= value <= MAX_COUNT:
+        raise ValueError(f"{name} {value} must be at least {low} and at most {MAX_COUNT}.")
+
 
 class CommandParser(argparse.ArgumentParser):
     """Argument parser whose help begins with ``examples``; a mistake is one line on stderr and exit code 2."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,30 @@ def dataset_name(dataset: str) -> str:
         # nnU-Net may return a numpy string, which a checkpoint of plain data must not hold.
         return str(maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset))
     except RuntimeError as error:
-        raise ValueError(f"-d {dataset}: {error}") from None
+        raise ValueError(f"-d {dataset}: {' '.join(str(error).split())}") from None
+
+
+def dataset_names(datasets: Iterable[str]) -> tuple[str, ...]:
+    """``dataset_name`` of each, once: a data set may be named and numbered."""
+    return tuple(dict.fromkeys(map(dataset_name, datasets)))
+
+
+def read_json(file: Path, mend: str = "Make it again, or restore it from a copy.") -> Any:
+    """Content of a JSON file. ``ValueError`` naming the file, and the mend, if it is not there or damaged."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file} does not exist. {mend}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as JSON ({error}). {mend}") from None
+
+
+def read_plans(file: Path, mend: str) -> dict[str, Any]:
+    """nnU-Net plans. ``ValueError`` as ``read_json``, also for JSON that is no plans."""
+    plans = read_json(file, mend)
+    if not isinstance(plans, dict) or not isinstance(plans.get("configurations"), dict):
+        raise ValueError(f"{file} holds no nnU-Net plans. {mend}")
+    return plans
 
 
 def set_folder(variable: Any, name: str, purpose: str) -> Path:

@@ -229,9 +229,9 @@ def check_shapes(encoder: State, config: ViTConfig, grid: Grid, learned: bool) -
     with torch.device("meta"):
         wanted = ViT(config, grid, class_token=True, learned_pos_embed=learned).state_dict()
     wrong = [
-        f"{key} {tuple(encoder[key].shape)} instead of {tuple(tensor.shape)}"
+        f"{key} {tuple(encoder[key].shape)} instead of {tuple(tensor.shape)}" if key in encoder else f"{key} missing"
         for key, tensor in wanted.items()
-        if encoder[key].shape != tensor.shape
+        if (key not in encoder and key != "cls_token") or (key in encoder and encoder[key].shape != tensor.shape)
     ]
     if wrong:
         raise ValueError(f"The checkpoint's shapes contradict each other: {shorten(wrong)}.")

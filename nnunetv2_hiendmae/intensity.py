@@ -8,6 +8,7 @@ the map onto the canonical domain is affine too and known for every data set:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,13 @@ Window = tuple[float, float]
 
 DEFAULT_WINDOW: Window = (-175.0, 250.0)
 """HU window of the published pre-training."""
+
+
+def check_window(window: Window) -> None:
+    """``ValueError`` unless both ends are finite and the first is below the second."""
+    low, high = window
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"The HU window {tuple(window)} is empty: its first value must be below the second.")
 
 
 @dataclass(frozen=True)
@@ -49,9 +57,8 @@ def channel_intensity(scheme: str, properties: dict[str, Any], window: Window) -
     Raises:
         ValueError: the window is empty.
     """
+    check_window(window)
     low, high = window
-    if not low < high:
-        raise ValueError(f"The HU window {window} is empty: its first value must be below the second.")
     width = high - low
     if scheme == "CTNormalization":  # x = (clip(HU) - mean) / std
         mean, std = properties["mean"], max(properties["std"], 1e-8)

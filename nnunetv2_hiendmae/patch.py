@@ -10,6 +10,7 @@ from nnunetv2.experiment_planning.experiment_planners.network_topology import ge
 # nnU-Net's planners: pooling stops before an edge of the feature map falls below 4; 3D features are capped at 320.
 MIN_EDGE = 4
 MAX_FEATURES = 320
+MAX_EDGE = 1024
 UNLIMITED = 999999
 
 
@@ -22,8 +23,8 @@ def with_patch_size(configuration: dict[str, Any], patch_size: Sequence[int]) ->
     Raises:
         ValueError: a size that this U-Net cannot halve evenly; names the next one that it can.
     """
-    if len(patch_size) != len(configuration["spacing"]) or min(patch_size) < 2 * MIN_EDGE:
-        raise ValueError(f"-patch_size {list(patch_size)} must be three numbers of at least {2 * MIN_EDGE}.")
+    if len(patch_size) != len(configuration["spacing"]) or not all(2 * MIN_EDGE <= n <= MAX_EDGE for n in patch_size):
+        raise ValueError(f"-patch_size {list(patch_size)} must be three numbers of {2 * MIN_EDGE} to {MAX_EDGE}.")
     _, strides, kernels, fitting, _ = get_pool_and_conv_props(
         configuration["spacing"], list(patch_size), MIN_EDGE, UNLIMITED
     )

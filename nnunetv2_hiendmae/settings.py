@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from nnunetv2_hiendmae.architectures.vit import ENCODERS, ViTConfig
-from nnunetv2_hiendmae.intensity import DEFAULT_WINDOW, Window
+from nnunetv2_hiendmae.intensity import DEFAULT_WINDOW, Window, check_window
 
 BLOCK = "hiendmae"
 """Key of the block in a plans configuration."""
@@ -59,14 +60,13 @@ class FineTuneSettings:
     def __post_init__(self) -> None:
         if self.window_hu is not None:
             object.__setattr__(self, "window_hu", tuple(self.window_hu))
-            if not self.window_hu[0] < self.window_hu[1]:
-                raise ValueError(f"window_hu={self.window_hu} is empty: the first value must be below the second.")
+            check_window(self.window_hu)
         for name, low in (("feature_size", 1), ("num_epochs", 1), ("num_iterations_per_epoch", 1),
                           ("num_val_iterations_per_epoch", 1), ("warmup_epochs", 0), ("frozen_epochs", 0)):  # fmt: skip
             value = getattr(self, name)
-            if not isinstance(value, int) or value < low:
-                raise ValueError(f"{name}={value!r} must be an integer of at least {low}.")
-        if not self.initial_lr > 0 or self.weight_decay < 0:
+            if not isinstance(value, int) or not low <= value < 2**31:
+                raise ValueError(f"{name}={value!r} must be an integer of at least {low}, and below 2^31.")
+        if not 0 < self.initial_lr < math.inf or not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"initial_lr={self.initial_lr} must be > 0, weight_decay={self.weight_decay} >= 0.")
         if not 0 < self.layer_decay <= 1 or not 0 <= self.drop_path < 1:
             raise ValueError(f"layer_decay={self.layer_decay} must be in (0, 1], drop_path={self.drop_path} in [0, 1).")

@@ -12,7 +12,7 @@ from typing import Any
 from nnunetv2_hiendmae.model_card import model_card
 from nnunetv2_hiendmae.weights import WEIGHTS_FILE, Weights, load_weights
 
-REPO = re.compile(r"[\w.-]+/[\w.-]+")
+REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class HubError(Exception):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
@@ -15,6 +14,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_hiendmae.architectures.unetr import HiEndMAEUNETR
+from nnunetv2_hiendmae.folders import read_plans
 from nnunetv2_hiendmae.intensity import CanonicalIntensity, ChannelIntensity, clip_warning, plan_intensities
 from nnunetv2_hiendmae.optim import FineTuneSchedule, layer_decay_groups
 from nnunetv2_hiendmae.settings import BLOCK, NETWORK, FineTuneSettings
@@ -154,7 +154,7 @@ class nnUNetTrainerHiEndMAE(nnUNetTrainer):
         file = Path(self.output_folder_base) / "plans.json"
         if not file.is_file():
             return None
-        plans = PlansManager(load_json(str(file)))
+        plans = PlansManager(read_plans(file, "nnU-Net wrote it when the first fold was trained."))
         configuration = plans.get_configuration(self.configuration_name).configuration
         return FineTuneSettings.from_configuration(configuration) if BLOCK in configuration else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -20,8 +21,8 @@ from torch import Tensor
 
 from nnunetv2_hiendmae import __version__
 from nnunetv2_hiendmae.architectures.pos_embed import interpolate_pos_embed
-from nnunetv2_hiendmae.architectures.vit import ViT, ViTConfig
-from nnunetv2_hiendmae.foreign import convert_official
+from nnunetv2_hiendmae.architectures.vit import MAX_TOKENS, ViT, ViTConfig
+from nnunetv2_hiendmae.foreign import check_shapes, convert_official
 
 __all__ = [
     "LoadReport",
@@ -151,12 +152,42 @@ def load_weights(path: str | Path) -> Weights:
             f"{path} is not a Hi-End-MAE weights file. A checkpoint of the authors becomes one with "
             f"'hiendmae_import_weights {path} -o weights.pth'."
         )
-    if data["version"] > FORMAT_VERSION:
+    if isinstance(data.get("version"), int) and data["version"] > FORMAT_VERSION:
         raise ValueError(f"{path} has weights format {data['version']}; this version reads up to {FORMAT_VERSION}.")
+    try:
+        check_content(data["encoder"], data["header"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # a header may hold anything
+        raise ValueError(f"{path} is no sound weights file: {type(error).__name__}: {error}") from None
     weights = Weights(path, data["encoder"], data["header"])
     if tensors_sha256(weights.encoder) != weights.sha256:
         raise ValueError(f"{path} is damaged: its tensors do not match the sha256 in its header.")
     return weights
+
+
+def check_content(encoder: State, header: dict[str, Any]) -> None:
+    """Refuse a header that does not describe the tensors, before a network of that architecture is built.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: what is missing, of another kind or size.
+    """
+    config = ViTConfig.from_dict(header["architecture"])
+    low, high = header["window_hu"]
+    sizes = [*header["img_size"], *config.patch_size, config.embed_dim, config.depth, config.num_heads]
+    if not all(type(n) is int and n > 0 for n in sizes) or len(header["img_size"]) != 3 or not float(low) < float(high):
+        raise ValueError(f"impossible sizes or window in its header ({sizes}, {header['window_hu']})")
+    if not all(isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in encoder.values()):
+        raise ValueError("the encoder holds other things than floating-point tensors")
+    stem = encoder["patch_embed.proj.weight"]
+    blocks = {name.split(".")[1] for name in encoder if name.startswith("blocks.")}
+    if (config.embed_dim, config.in_channels, *config.patch_size) != tuple(stem.shape) or len(blocks) != config.depth:
+        raise ValueError("its header and its tensors are of different architectures")
+    tokens = math.prod(-(-s // p) for s, p in zip(header["img_size"], config.patch_size, strict=True))
+    if tokens > MAX_TOKENS:
+        raise ValueError(f"img_size {header['img_size']} makes {tokens} tokens, more than {MAX_TOKENS}")
+    grid = header["pos_embed_grid"] if "pos_embed" in encoder else (1, 1, 1)
+    if math.prod(grid) > MAX_TOKENS:
+        raise ValueError(f"pos_embed_grid {grid} is too large")
+    check_shapes(encoder, config, tuple(grid), "pos_embed" in encoder)
 
 
 def find_weights(named_in_plans: str | None) -> tuple[Path, str]:

@@ -19,12 +19,19 @@ from pretraining.provenance import read_provenance
 
 LATEST = "checkpoint_latest.pth"
 FINAL = "checkpoint_final.pth"
+KEYS = {"network_weights", "optimizer_state", "grad_scaler_state", "step", "config"}
 OLDER = "checkpoint_older_{}.pth"
 """1 is the one before the latest."""
 
 
 def run_folder(dataset: str, plans: str, configuration: str, run: str) -> Path:
-    """``nnUNet_results/DatasetXXX_Name/HiEndMAE__<plans>__<configuration>/<run>``."""
+    """``nnUNet_results/DatasetXXX_Name/HiEndMAE__<plans>__<configuration>/<run>``.
+
+    Raises:
+        ValueError: ``run`` is no plain name, or ``nnUNet_results`` is not set.
+    """
+    if run in (".", "..") or Path(run).name != run:
+        raise ValueError(f"-run '{run}' must be a name, not a path.")
     return results_folder() / dataset / f"HiEndMAE__{plans}__{configuration}" / run
 
 
@@ -33,7 +40,10 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     try:
         with atomic_file(path) as file:
             torch.save(state, file)
-    except RuntimeError as error:  # torch's way to say that the disk is full
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error.__context__):  # one died meanwhile, which interrupted the writing
+            raise RuntimeError(str(error.__context__)) from None
+        # torch's way to say that the disk is full
         raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}); is the disk full?") from None
 
 
@@ -67,6 +77,8 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     for file in filter(Path.is_file, files):
         try:
             checkpoint = load_tensors(file)
+            if not isinstance(checkpoint, dict) or not set(checkpoint) >= KEYS:
+                raise ValueError(f"{file} is no checkpoint of hiendmae_pretrain.")
         except ValueError as error:
             problems.append(str(error))
             continue

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from filelock import FileLock, Timeout
 
-from nnunetv2_hiendmae.command import CommandParser
+from nnunetv2_hiendmae.command import CommandParser, check_count
+from nnunetv2_hiendmae.folders import dataset_names
 from nnunetv2_hiendmae.intensity import DEFAULT_WINDOW
 from pretraining import distributed
 from pretraining.checkpoint import FINAL, LATEST, OLDER, run_folder
@@ -32,6 +37,8 @@ EXAMPLES = """Examples:
   hiendmae_pretrain -packed HiEndMAE_packed_500 -num_gpus 4 -batch_size 768     the published batch
   hiendmae_pretrain -d 500 --c                                 continue after an interruption
 """
+LOCK = ".lock"
+LESS_MEMORY = "Use -accumulate or --activation_checkpointing, or lower -batch_size."
 
 
 @dataclass(frozen=True)
@@ -114,10 +121,14 @@ def find_corpus(args: argparse.Namespace) -> tuple[Corpus, dict[str, Any]]:
         return packed, {**fields, "window_hu": packed.window, "packed_bits": packed.bits}
     window = tuple(args.window or DEFAULT_WINDOW)
     plans, configuration = args.p or default_plans(args.d), args.c or "3d_fullres"
-    sources = [DataSet.open(d, plans, configuration, window) for d in dict.fromkeys(args.d)]
+    sources = [DataSet.open(d, plans, configuration, window) for d in dataset_names(args.d)]
     corpus = PreprocessedCorpus(sources)
-    names = tuple(d.name for d in sources)
-    return corpus, {"datasets": names, "plans": plans, "configuration": configuration, "window_hu": window}
+    return corpus, {
+        "datasets": tuple(d.name for d in sources),
+        "plans": plans,
+        "configuration": configuration,
+        "window_hu": window,
+    }
 
 
 def make_config(args: argparse.Namespace, corpus: Corpus, source: dict[str, Any], **run: Any) -> RunConfig:
@@ -125,8 +136,8 @@ def make_config(args: argparse.Namespace, corpus: Corpus, source: dict[str, Any]
     preset = PRESETS[args.preset]
     batch_size = preset.batch_size if args.batch_size is None else args.batch_size
     crops_per_case = preset.crops_per_case if args.crops_per_case is None else args.crops_per_case
-    if batch_size < 1 or crops_per_case < 1:
-        raise ValueError(f"-batch_size {batch_size} and -crops_per_case {crops_per_case} must be at least 1.")
+    check_count("-batch_size", batch_size)
+    check_count("-crops_per_case", crops_per_case)
     model = preset.model(
         crop_size=tuple(args.crop_size or preset.crop_size),
         patch_size=tuple(args.patch_size or preset.encoder.patch_size),
@@ -152,6 +163,8 @@ def length_of(args: argparse.Namespace, config: RunConfig, cases: int) -> int:
     if args.steps is not None:
         return int(args.steps)
     epochs = PRESETS[args.preset].epochs if args.epochs is None else args.epochs
+    if not 0 < epochs < math.inf:
+        raise ValueError(f"-epochs {epochs} must be a positive number.")
     return steps_of_epochs(epochs, cases, config.batch_size, config.crops_per_case)
 
 
@@ -183,6 +196,19 @@ def open_run(folder: Path, resume: bool) -> None:
     if exists and not resume:
         raise ValueError(f"{folder} holds a run already. Continue it with --c, or choose another name with -run.")
     folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a run's folder while this one is at work. ``ValueError`` if one is in it."""
+    if distributed.rank():  # the first one of a group holds the lock
+        yield
+        return
+    try:
+        with FileLock(folder / LOCK, blocking=False):  # given back by the system, however the process ends
+            yield
+    except Timeout:
+        raise ValueError(f"Another process is at work in {folder}. Wait for its end, or choose another -run.") from None
 
 
 def pick_device(name: str, ranks_here: int) -> torch.device:
@@ -224,8 +250,6 @@ def prepare(args: argparse.Namespace) -> Job:
     open_run(folder, args.resume)
     packed = packed_folder(args.packed).absolute() if args.packed is not None else None
     if distributed.rank() == 0:
-        if not args.resume:
-            (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2))
         announce(config, runtime, corpus, folder, ranks)
     return Job(config, runtime, folder, packed, args.resume)
 
@@ -248,7 +272,9 @@ def work(job: Job) -> None:
         device = pick_device(job.runtime.device, distributed.local_world_size())
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        with distributed.process_group(device.type):
+        with alone_in(job.folder), distributed.process_group(device.type):
+            if distributed.rank() == 0 and not job.resume:
+                (job.folder / "config.json").write_text(json.dumps(job.config.to_dict(), indent=2))
             corpus = open_corpus(job.config, job.packed)
             sha256 = train(job.config, job.runtime, corpus, job.folder, device, job.resume)
         if sha256:
@@ -259,11 +285,11 @@ def work(job: Job) -> None:
         code, message = 1 if of_a_loader else 2, f"error: {one_line(error)}"
     except FloatingPointError as error:
         code, message = 1, str(error)
-    except torch.OutOfMemoryError:
-        code = 1
-        message = "error: the GPU's memory is full. Use -accumulate or --activation_checkpointing, or lower -batch_size"
-    except (OSError, RuntimeError) as error:
-        code, message = 1, f"error: {one_line(error)} Continue from the last checkpoint with --c."
+    except (OSError, RuntimeError, MemoryError) as error:
+        reason = "A loader process was lost." if isinstance(error, ConnectionError) else one_line(error)
+        code, message = 1, f"error: {reason} Continue from the last checkpoint with --c."
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error):
+            message = f"error: the memory of {job.runtime.device} is full. {LESS_MEMORY}"
     except KeyboardInterrupt:
         code, message = 130, "interrupted; --c continues from the last checkpoint"
     leave(code, message)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
 
-from nnunetv2_hiendmae.architectures.vit import ENCODERS, ViTConfig
-from nnunetv2_hiendmae.intensity import DEFAULT_WINDOW, Window
+from nnunetv2_hiendmae.architectures.vit import ENCODERS, MAX_TOKENS, ViTConfig
+from nnunetv2_hiendmae.command import check_count
+from nnunetv2_hiendmae.intensity import DEFAULT_WINDOW, Window, check_window
 from pretraining.masking import num_visible
 
 Size = tuple[int, int, int]
@@ -62,6 +64,10 @@ class ModelConfig:
             )
         if self.decoder not in DECODERS:
             raise ValueError(f"Unknown decoder='{self.decoder}'; known: {', '.join(DECODERS)}.")
+        if self.num_tokens > MAX_TOKENS:
+            raise ValueError(f"img_size={self.img_size} makes {self.num_tokens} tokens, more than {MAX_TOKENS}.")
+        if not 0 <= self.mask_ratio <= 1:
+            raise ValueError(f"mask_ratio={self.mask_ratio} must be a share of the tokens.")
         if not 0 < self.num_visible < self.num_tokens:
             raise ValueError(
                 f"mask_ratio={self.mask_ratio} leaves {self.num_visible} of {self.num_tokens} tokens visible; "
@@ -151,15 +157,15 @@ class RunConfig:
         object.__setattr__(self, "datasets", tuple(self.datasets))
         object.__setattr__(self, "window_hu", tuple(self.window_hu))
         for name in ("steps", "batch_size", "crops_per_case", "val_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.grad_clip < 0 or self.preview_epochs < 0:
-            raise ValueError(f"grad_clip={self.grad_clip}, preview_epochs={self.preview_epochs} must be at least 0.")
+            check_count(f"-{name}", getattr(self, name))
+        for name in ("preview_epochs", "seed"):
+            check_count(f"-{name}", getattr(self, name), 0)
+        if not 0 <= self.grad_clip < math.inf:
+            raise ValueError(f"grad_clip={self.grad_clip} must be a number of at least 0.")
         if self.precision not in PRECISIONS:
             raise ValueError(f"Unknown precision='{self.precision}'; known: {', '.join(PRECISIONS)}.")
-        if not self.window_hu[0] < self.window_hu[1]:
-            raise ValueError(f"window_hu={self.window_hu} is empty: the first value must be below the second.")
-        if not self.base_lr > 0 or self.weight_decay < 0:
+        check_window(self.window_hu)
+        if not 0 < self.base_lr < math.inf or not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"base_lr={self.base_lr} must be > 0, weight_decay={self.weight_decay} >= 0.")
         if not 0 <= self.body_fraction <= 1 or not 0 <= self.warmup_fraction < 1:
             raise ValueError(f"body_fraction={self.body_fraction}, warmup_fraction={self.warmup_fraction}: not shares.")
@@ -192,12 +198,8 @@ class Runtime:
     """Latest checkpoints on disk."""
 
     def __post_init__(self) -> None:
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers={self.num_workers} must be at least 0.")
-        if self.accumulate < 1 or self.keep_checkpoints < 1:
-            raise ValueError(
-                f"accumulate={self.accumulate} and keep_checkpoints={self.keep_checkpoints} must be at least 1."
-            )
+        for name, low in (("num_workers", 0), ("accumulate", 1), ("keep_checkpoints", 1)):
+            check_count(f"-{name}", getattr(self, name), low)
 
     def micro_batch(self, batch_size: int, world_size: int) -> int:
         """Crops of one forward pass. ``ValueError`` if the batch does not divide."""

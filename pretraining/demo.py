@@ -16,7 +16,7 @@ import SimpleITK as sitk
 import torch
 from matplotlib.figure import Figure
 
-from nnunetv2_hiendmae.command import CommandParser
+from nnunetv2_hiendmae.command import CommandParser, check_count
 from pretraining.checkpoint import FINAL, load_checkpoint
 from pretraining.config import RunConfig
 from pretraining.corpus import to_canonical
@@ -166,7 +166,11 @@ def main() -> None:
     """Entry point."""
     p = parser()
     args = p.parse_args()
+    if args.o.is_file():
+        p.error(f"-o {args.o} is a file; name a folder.")
     try:
+        check_count("-pretrain_steps", args.pretrain_steps)
+        check_count("-epochs", args.epochs)
         demo(args.o.absolute(), args.device, args.pretrain_steps, args.epochs)
     except ValueError as error:
         p.exit(2, f"hiendmae_demo: error: {error}\n")

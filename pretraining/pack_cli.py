@@ -10,8 +10,8 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from nnunetv2_hiendmae.command import CommandParser
-from nnunetv2_hiendmae.folders import preprocessed_root
+from nnunetv2_hiendmae.command import CommandParser, check_count
+from nnunetv2_hiendmae.folders import dataset_names, preprocessed_root
 from pretraining.pack import pack, packed_bytes, verify
 from pretraining.packed import PackedCorpus
 from pretraining.preprocessed import DataSet, PreprocessedCorpus, default_plans
@@ -53,11 +53,10 @@ def packed_folder(name: str) -> Path:
 
 def run_pack(args: argparse.Namespace) -> int:
     """Pack; returns the number of cases left out. ``ValueError`` for a user's mistake."""
-    if args.np < 1:
-        raise ValueError(f"-np {args.np} must be at least 1.")
+    check_count("-np", args.np)
     window = (args.window[0], args.window[1])
     plans = args.p or default_plans(args.d)
-    corpus = PreprocessedCorpus([DataSet.open(d, plans, args.c, window) for d in dict.fromkeys(args.d)])
+    corpus = PreprocessedCorpus([DataSet.open(d, plans, args.c, window) for d in dataset_names(args.d)])
     for dataset in corpus.sources:
         if dataset.warning:
             print(f"WARNING: {dataset.warning}")

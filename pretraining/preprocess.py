@@ -21,13 +21,13 @@ from typing import Any
 
 import blosc2
 import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
+from batchgenerators.utilities.file_and_folder_operations import save_json
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from nnunetv2_hiendmae.folders import raw_folder
+from nnunetv2_hiendmae.folders import raw_folder, read_json, read_plans
 from nnunetv2_hiendmae.planner import HiEndMAEPlanner
 from pretraining.ingest.quality import content_hash
 from pretraining.ingest.read import Refused, check_nifti
@@ -40,6 +40,8 @@ BODY_HU = -500
 UNFINISHED = "unfinished"
 FINGERPRINT = "hiendmae_fingerprint.json"
 """Kept apart from nnU-Net's own, whose intensities are those of labelled voxels."""
+
+REPLAN = "Remove it; this command then plans again."
 
 Images = dict[str, list[str]]
 Spacing = str | tuple[float, ...] | None
@@ -71,9 +73,10 @@ class RawDataSet:
             ValueError: no such data set, no dataset.json, or no images.
         """
         folder = raw_folder(dataset)
-        if not (folder / "dataset.json").is_file():
-            raise ValueError(f"{folder / 'dataset.json'} does not exist; nnU-Net describes a data set there.")
-        description = load_json(str(folder / "dataset.json"))
+        description = read_json(folder / "dataset.json", "nnU-Net describes a data set there; see its documentation.")
+        missing = [key for key in ("channel_names", "file_ending") if key not in description]
+        if missing:
+            raise ValueError(f"{folder / 'dataset.json'} lacks {' and '.join(missing)}; see nnU-Net's documentation.")
         if "dataset" in description:
             found = get_filenames_of_train_images_and_targets(str(folder), description)
             del description["dataset"]
@@ -120,7 +123,7 @@ def find_fingerprint(raw: RawDataSet, output: Path, processes: int) -> tuple[dic
         ValueError: no case could be read.
     """
     if (output / FINGERPRINT).is_file():
-        return load_json(str(output / FINGERPRINT)), []
+        return read_json(output / FINGERPRINT, "Remove it; it is then made again."), []
     reader = determine_reader_writer_from_dataset_json(raw.description, next(iter(raw.images.values()))[0])
     order = np.random.default_rng(0).permutation(list(raw.images))[:FINGERPRINT_CASES].tolist()
     results, failures = [], []
@@ -177,7 +180,7 @@ def make_plans(raw: RawDataSet, plans_file: Path, spacing: Spacing, processes: i
 
 def plan_spacing(plans_file: Path) -> list[float]:
     """Spacing of the plans in mm, in the axis order of the images."""
-    plans = load_json(str(plans_file))
+    plans = read_plans(plans_file, REPLAN)
     spacing = plans["configurations"][CONFIGURATION]["spacing"]
     return [float(spacing[axis]) for axis in plans["transpose_backward"]]
 
@@ -202,7 +205,7 @@ def preprocess(raw: RawDataSet, plans_file: Path, processes: int, part: tuple[in
 
     ``part`` is (part_id, num_parts). A case appears under its name when it is complete.
     """
-    plans = PlansManager(load_json(str(plans_file)))
+    plans = PlansManager(read_plans(plans_file, REPLAN))
     folder = volume_folder(plans_file)
     (folder / UNFINISHED).mkdir(parents=True, exist_ok=True)
     part_id, num_parts = part

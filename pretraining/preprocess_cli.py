@@ -12,8 +12,8 @@ from typing import NoReturn
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from tqdm import tqdm
 
-from nnunetv2_hiendmae.command import CommandParser
-from nnunetv2_hiendmae.folders import preprocessed_root
+from nnunetv2_hiendmae.command import CommandParser, check_count
+from nnunetv2_hiendmae.folders import dataset_names, preprocessed_root
 from pretraining.preprocess import (
     UNFINISHED,
     Failure,
@@ -76,14 +76,16 @@ def parse_spacing(values: list[str] | None) -> Spacing:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the number of cases left out. ``ValueError`` for a user's mistake."""
-    if args.np < 1 or args.num_parts < 1 or not 0 <= args.part_id < args.num_parts:
-        raise ValueError(f"-np {args.np} -num_parts {args.num_parts} -part_id {args.part_id}: impossible values.")
+    check_count("-np", args.np)
+    check_count("-num_parts", args.num_parts)
+    if not 0 <= args.part_id < args.num_parts:
+        raise ValueError(f"-part_id {args.part_id} must be 0 to {args.num_parts - 1} (-num_parts {args.num_parts}).")
     if "__" in args.p or not args.p:
         raise ValueError(f"-p '{args.p}' must not be empty or contain '__'.")
     spacing = parse_spacing(args.spacing)
     if spacing is not None and args.num_parts > 1 and not args.plan_only:
         raise ValueError("-spacing belongs to the command that plans (--plan_only); the parts follow the plans.")
-    return sum(run_dataset(RawDataSet.open(dataset), spacing, args) for dataset in dict.fromkeys(args.d))
+    return sum(run_dataset(RawDataSet.open(name), spacing, args) for name in dataset_names(args.d))
 
 
 def run_dataset(raw: RawDataSet, spacing: Spacing, args: argparse.Namespace) -> int:

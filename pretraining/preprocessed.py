@@ -11,10 +11,9 @@ from typing import Any
 
 import blosc2
 import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
-from nnunetv2_hiendmae.folders import preprocessed_folder
+from nnunetv2_hiendmae.folders import preprocessed_folder, read_plans
 from nnunetv2_hiendmae.intensity import ChannelIntensity, Window, clip_warning, plan_intensities
 from pretraining.corpus import (
     DataSetInfo,
@@ -59,9 +58,7 @@ class DataSet:
         base = preprocessed_folder(name_or_id)
         name = base.name
         plans_file = base / f"{plans_name}.json"
-        if not plans_file.is_file():
-            raise ValueError(f"{plans_file} does not exist. Run 'nnUNetv2_plan_and_preprocess -d {name}' first.")
-        plans = PlansManager(load_json(str(plans_file)))
+        plans = PlansManager(read_plans(plans_file, f"Run 'nnUNetv2_plan_and_preprocess -d {name}' first."))
         if configuration not in plans.available_configurations:
             known = ", ".join(plans.available_configurations)
             raise ValueError(f"{plans_file} has no configuration '{configuration}' (-c); it has: {known}.")

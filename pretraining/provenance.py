@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import load_json
 
 from nnunetv2_hiendmae import __version__
+from nnunetv2_hiendmae.folders import read_json
 from nnunetv2_hiendmae.weights import atomic_file
 
 MANIFEST = "hiendmae_manifest.json"
@@ -47,7 +47,7 @@ def write_manifest(plans_file: Path, raw: Path, description: dict[str, Any], cas
         "plans": plans_file.stem,
         "licence": description.get("licence", "not stated"),
         "reference": description.get("reference", "not stated"),
-        "excluded_overlap": load_json(str(settings))["exclude_overlap"] if settings.is_file() else [],
+        "excluded_overlap": read_json(settings)["exclude_overlap"] if settings.is_file() else [],
         "version": __version__,
     }
     with atomic_file(folder / MANIFEST) as stream:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import sys
 from dataclasses import asdict
@@ -40,6 +41,8 @@ def parser() -> CommandParser:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All figures. ``ValueError`` for a user's mistake."""
+    if not 0 < args.seconds < math.inf:
+        raise ValueError(f"-seconds {args.seconds} must be a positive number.")
     device = pick_device(args.device, 1)
     corpus, source = find_corpus(args)
     config = make_config(args, corpus, source, steps=1)

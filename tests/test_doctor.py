@@ -51,7 +51,7 @@ def test_problems_and_their_mends(world: World, tmp_path: Path) -> None:
     assert "has no configuration 3d_lowres" in report
     (tmp_path / "preprocessed" / DATASET / "nnUNetPlans.json").write_text("{", encoding="utf-8")
     report = world.run(f"{QUICK} -d 901", ok=False, **empty)
-    assert "nnUNetPlans.json is damaged" in report and "Traceback" not in report
+    assert "nnUNetPlans.json cannot be read as JSON" in report and "Traceback" not in report
     report = world.run(QUICK, ok=False, nnUNet_raw="", nnUNet_results=str(tmp_path / "none"))
     assert "variable nnUNet_raw is not set" in report and f"→ mkdir -p {tmp_path / 'none'}" in report
 

@@ -46,7 +46,7 @@ def test_command_writes_both_sizes(world: World) -> None:
     ("flags", "message"),
     [
         ("-patch_size 50 48 48", "-patch_size [50, 48, 48] cannot be pooled evenly; the next that nnU-Net's U-Net"),
-        ("-patch_size 4 48 48", "must be three numbers of at least 8"),
+        ("-patch_size 4 48 48", "must be three numbers of 8 to 1024"),
         ("-batch_size 0", "-batch_size 0 must be at least 1"),
     ],
 )

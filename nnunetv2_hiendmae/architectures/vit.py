@@ -15,6 +15,9 @@ from torch.nn import functional as F
 from nnunetv2_hiendmae.architectures.blocks import Block, LayerNorm, init_linear
 from nnunetv2_hiendmae.architectures.pos_embed import Grid, interpolate_pos_embed, sincos_pos_embed
 
+MAX_TOKENS = 50_000
+"""Of a crop (36³; published: 8³ at most): more is a slip, or a header that is not honest."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig:

@@ -7,7 +7,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -15,7 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_hiendmae.benchmark.grid import Arm, Grid, Run
 from nnunetv2_hiendmae.benchmark.splits import split_index, write_json
 from nnunetv2_hiendmae.cli import make_plans
-from nnunetv2_hiendmae.folders import preprocessed_folder, results_folder
+from nnunetv2_hiendmae.folders import preprocessed_folder, read_json, results_folder
 from nnunetv2_hiendmae.settings import BLOCK
 from nnunetv2_hiendmae.trainer import nnUNetTrainerHiEndMAE
 from nnunetv2_hiendmae.weights import load_weights
@@ -105,15 +104,15 @@ def write_plans(grid: Grid, dataset: str, arm: Arm) -> Path:
     if needs_block(arm):
         weights = load_weights(str(arm.weights))
         settings |= {"weights": str(weights.path.absolute()), "weights_sha256": weights.sha256}
-    plans = make_plans(load_json(str(source)), name, settings, grid.patch_size, grid.batch_size)
-    if not target.is_file() or load_json(str(target)) != plans:
+    plans = make_plans(read_json(source), name, settings, grid.patch_size, grid.batch_size)
+    if not target.is_file() or read_json(target) != plans:
         write_json(target, plans)
     return target
 
 
 def configuration_of(plans_file: Path, configuration: str) -> dict[str, Any]:
     """One configuration of a plans file, inheritance resolved. ``ValueError`` if it has none of that name."""
-    return PlansManager(load_json(str(plans_file))).get_configuration(configuration).configuration
+    return PlansManager(read_json(plans_file)).get_configuration(configuration).configuration
 
 
 def plans_file(grid: Grid, run: Run) -> Path:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 
-from batchgenerators.utilities.file_and_folder_operations import load_json
-
 from nnunetv2_hiendmae.benchmark.collect import Result
 from nnunetv2_hiendmae.benchmark.grid import Grid
 from nnunetv2_hiendmae.benchmark.tables import Table
+from nnunetv2_hiendmae.folders import read_json
 
 PROPERTIES = (
     "num_epochs",
@@ -59,7 +58,7 @@ def started(result: Result) -> bool:
 
 def trainer_values(result: Result) -> dict[str, str]:
     """What ``debug.json`` says of ``PROPERTIES``, and a hash of the training augmentation."""
-    debug = load_json(str(result.folder / "debug.json"))
+    debug = read_json(result.folder / "debug.json")
     values = {name: short(str(debug.get(name, "–"))) for name in PROPERTIES}
     # Deep supervision makes its small targets in the same list; that is no augmentation.
     transforms = re.sub(r", DownsampleSegForDSTransform\( ds_scales = .*?\]\] \)", "", str(debug.get(AUGMENTATION)))

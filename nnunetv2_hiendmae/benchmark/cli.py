@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 from nnunetv2_hiendmae.benchmark.grid import GRID_FILE, Grid, parse_labels, read_grid
-from nnunetv2_hiendmae.command import CommandParser
+from nnunetv2_hiendmae.command import CommandParser, check_count
 from nnunetv2_hiendmae.folders import preprocessed_folder
 from nnunetv2_hiendmae.settings import BUDGET
 
@@ -103,6 +104,7 @@ def run_verb(args: argparse.Namespace) -> int:
     """Run what is not finished; 1 if a run failed."""
     from nnunetv2_hiendmae.benchmark.run import run_part
 
+    check_count("-num_parts", args.num_parts)
     if not 0 <= args.part_id < args.num_parts:
         raise ValueError(f"-part_id {args.part_id} must be 0 to {args.num_parts - 1} (-num_parts {args.num_parts}).")
     failures = run_part(read_grid(args.o / GRID_FILE), args.part_id, args.num_parts, args.o / "logs")
@@ -115,8 +117,8 @@ def report_verb(args: argparse.Namespace) -> int:
     """Write the report; 1 if a run is missing or changed."""
     from nnunetv2_hiendmae.benchmark.report import report
 
-    if not args.tolerance_mm > 0:
-        raise ValueError(f"-tolerance_mm {args.tolerance_mm} must be positive.")
+    if not 0 < args.tolerance_mm < math.inf:
+        raise ValueError(f"-tolerance_mm {args.tolerance_mm} must be a positive number.")
     failures = report(read_grid(args.o / GRID_FILE), args.o, args.tolerance_mm)
     for line in failures:
         print(line, file=sys.stderr)

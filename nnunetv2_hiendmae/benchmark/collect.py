@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from batchgenerators.utilities.file_and_folder_operations import load_json
-
 from nnunetv2_hiendmae.benchmark.arms import fold_folder
 from nnunetv2_hiendmae.benchmark.grid import Grid, Run
 from nnunetv2_hiendmae.benchmark.record import RECORD_FILE, SUMMARY, RunRecord, file_sha256, read_record
 from nnunetv2_hiendmae.benchmark.run import expected_record, stale, state_of
 from nnunetv2_hiendmae.benchmark.splits import SPLITS_FILE, split_index
 from nnunetv2_hiendmae.benchmark.surface import SURFACE_FILE, surface_scores
-from nnunetv2_hiendmae.folders import preprocessed_folder
+from nnunetv2_hiendmae.folders import preprocessed_folder, read_json
 
 METRICS = ("dice", "nsd", "hd95")
 ROUNDING = 1e-6
@@ -62,7 +60,7 @@ def collect(grid: Grid, run: Run, tolerance_mm: float, earlier: dict[str, str]) 
         earlier: ``Result.sha256`` of the first report that saw the run; empty if there was none.
     """
     folder, data = fold_folder(grid, run), preprocessed_folder(run.dataset)
-    split = load_json(str(data / SPLITS_FILE))[split_index(data, run.fold, run.labels, run.seed)]
+    split = read_json(data / SPLITS_FILE)[split_index(data, run.fold, run.labels, run.seed)]
     result = Result(run=run, folder=folder, train_cases=len(split["train"]))
     state = state_of(folder)
     if state != "finished":
@@ -73,7 +71,7 @@ def collect(grid: Grid, run: Run, tolerance_mm: float, earlier: dict[str, str]) 
         return result
     try:
         check_record(grid, result, earlier)
-        summary = load_json(str(folder / SUMMARY))
+        summary = read_json(folder / SUMMARY)
         check_summary(summary, split["val"], result)
         add_scores(summary, split["val"], data, tolerance_mm, result)
     except (ValueError, KeyError, TypeError, OSError) as error:
@@ -104,7 +102,7 @@ def check_record(grid: Grid, result: Result, earlier: dict[str, str]) -> None:
 
 def check_summary(summary: dict[str, Any], val: list[str], result: Result) -> None:
     """Cases must be those of the split, and the means must be the means of the cases."""
-    ending = load_json(str(result.folder.parent / "dataset.json"))["file_ending"]
+    ending = read_json(result.folder.parent / "dataset.json")["file_ending"]
     cases = sorted(case_name(entry, ending) for entry in summary["metric_per_case"])
     if cases != sorted(val):
         odd = sorted(set(cases) ^ set(val))
@@ -117,7 +115,7 @@ def check_summary(summary: dict[str, Any], val: list[str], result: Result) -> No
 
 def add_scores(summary: dict[str, Any], val: list[str], data: Path, tolerance_mm: float, result: Result) -> None:
     """Fill in the scores; the Dice of summary.json must be that of the predictions."""
-    dataset = load_json(str(result.folder.parent / "dataset.json"))
+    dataset = read_json(result.folder.parent / "dataset.json")
     names = {str(tuple(v) if isinstance(v, list) else v): name for name, v in dataset["labels"].items()}
     labels = sorted(summary["mean"], key=list(names).index)
     surface = surface_scores(result.folder, sorted(val), labels, data / "gt_segmentations", tolerance_mm)

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from batchgenerators.utilities.file_and_folder_operations import load_json
 
 from nnunetv2_hiendmae import __version__
 from nnunetv2_hiendmae.benchmark.splits import write_json
+from nnunetv2_hiendmae.folders import read_json
 
 RECORD_FILE = "hiendmae_run.json"
 SUMMARY = Path("validation") / "summary.json"
@@ -90,7 +90,7 @@ def measure(folder: Path) -> dict[str, Any]:
     epochs = [
         end - start for start, end in zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=True)
     ]
-    iterations = int(load_json(str(folder / "debug.json"))["num_iterations_per_epoch"])
+    iterations = int(read_json(folder / "debug.json")["num_iterations_per_epoch"])
     return {
         "parameters": count_parameters(checkpoint["network_weights"]),
         "seconds_per_iteration": round(float(median(epochs)) / iterations, 4),

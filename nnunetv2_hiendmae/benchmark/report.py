@@ -13,8 +13,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from batchgenerators.utilities.file_and_folder_operations import load_json
-
 from nnunetv2_hiendmae.benchmark.as_run import as_run_tables
 from nnunetv2_hiendmae.benchmark.collect import METRICS, Result, collect
 from nnunetv2_hiendmae.benchmark.grid import Grid
@@ -32,7 +30,7 @@ from nnunetv2_hiendmae.benchmark.tables import (
     metric_table,
     status_table,
 )
-from nnunetv2_hiendmae.folders import preprocessed_folder
+from nnunetv2_hiendmae.folders import preprocessed_folder, read_json
 
 PROVENANCE_FILE = "provenance.json"
 
@@ -56,7 +54,7 @@ figure img { width: 100%; height: auto; } figcaption { font-size: .85rem; color:
 def report(grid: Grid, folder: Path, tolerance_mm: float) -> list[str]:
     """Write the report into ``folder``; returns one line for each run that is missing or changed."""
     file = folder / PROVENANCE_FILE
-    earlier = load_json(str(file))["runs"] if file.is_file() else {}
+    earlier = read_json(file)["runs"] if file.is_file() else {}
     results = [collect(grid, run, tolerance_mm, earlier.get(run.name, {}).get("first_seen", {})) for run in grid.runs()]
     made = comparisons(grid, results)
     tables = [
@@ -114,7 +112,7 @@ def weights_of(result: Result) -> str | None:
     file = result.folder.parent / "plans.json"
     if not file.is_file():
         return None
-    configuration = load_json(str(file))["configurations"].get(result.run.configuration, {})
+    configuration = read_json(file)["configurations"].get(result.run.configuration, {})
     return configuration.get("hiendmae", {}).get("weights_sha256")
 
 

@@ -12,8 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from batchgenerators.utilities.file_and_folder_operations import load_json
-
 from nnunetv2_hiendmae.benchmark.arms import fold_folder, plans_file, train_command
 from nnunetv2_hiendmae.benchmark.grid import Grid, Run
 from nnunetv2_hiendmae.benchmark.record import (
@@ -27,7 +25,7 @@ from nnunetv2_hiendmae.benchmark.record import (
     write_record,
 )
 from nnunetv2_hiendmae.benchmark.splits import SPLITS_FILE, split_index, split_sha256
-from nnunetv2_hiendmae.folders import preprocessed_folder
+from nnunetv2_hiendmae.folders import preprocessed_folder, read_json
 
 CHECKPOINTS = ("checkpoint_latest.pth", "checkpoint_best.pth")  # of a training that was interrupted
 
@@ -42,7 +40,7 @@ def state_of(folder: Path) -> str:
 def expected_record(grid: Grid, run: Run) -> RunRecord:
     """The record of a run that starts now."""
     folder = preprocessed_folder(run.dataset)
-    split = load_json(str(folder / SPLITS_FILE))[split_index(folder, run.fold, run.labels, run.seed)]
+    split = read_json(folder / SPLITS_FILE)[split_index(folder, run.fold, run.labels, run.seed)]
     return RunRecord(
         command=shlex.join(train_command(grid, run)),
         plans_sha256=file_sha256(plans_file(grid, run)),

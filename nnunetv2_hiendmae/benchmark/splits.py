@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunetv2_hiendmae.benchmark.grid import ALL_LABELS
+from nnunetv2_hiendmae.folders import read_json
 from nnunetv2_hiendmae.weights import atomic_file
 
 SPLITS_FILE = "splits_final.json"
@@ -47,7 +47,7 @@ def read_splits(folder: Path, data_identifier: str) -> list[Split]:
         cases = sorted(infer_dataset_class(str(data)).get_identifiers(str(data)))
         # as nnUNetTrainer.do_split would at the first training
         write_json(file, generate_crossval_split(cases, seed=12345, n_splits=5))
-    return load_json(str(file))
+    return read_json(file)
 
 
 def number_of_cases(labels: int | str, available: int) -> int:
@@ -77,7 +77,7 @@ def split_index(folder: Path, fold: int, labels: int | str, seed: int) -> int:
     """
     if labels == ALL_LABELS:
         return fold
-    splits, entries = load_json(str(folder / SPLITS_FILE)), read_entries(folder)
+    splits, entries = read_json(folder / SPLITS_FILE), read_entries(folder)
     check_entries(folder, splits, entries)
     n = number_of_cases(labels, len(splits[fold]["train"]))
     for entry in entries:
@@ -89,7 +89,7 @@ def split_index(folder: Path, fold: int, labels: int | str, seed: int) -> int:
 def read_entries(folder: Path) -> list[Entry]:
     """What ``add_label_budgets`` remembered: index, fold, cases, seed, train and val of each entry."""
     file = folder / BUDGETS_FILE
-    return load_json(str(file)) if file.is_file() else []
+    return read_json(file) if file.is_file() else []
 
 
 def check_entries(folder: Path, splits: list[Split], entries: list[Entry]) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.evaluation.evaluate_predictions import (
     compute_tp_fp_fn_tn,
     key_to_label_or_region,
@@ -25,6 +24,7 @@ from surface_distance import (
 
 from nnunetv2_hiendmae.benchmark.record import file_sha256
 from nnunetv2_hiendmae.benchmark.splits import write_json
+from nnunetv2_hiendmae.folders import read_json
 
 SURFACE_FILE = "hiendmae_surface.json"
 
@@ -63,9 +63,9 @@ def surface_scores(
         FileNotFoundError: a prediction or reference is missing; names it.
     """
     file = fold / SURFACE_FILE
-    kept: dict[str, Any] = load_json(str(file)) if file.is_file() else {}
+    kept: dict[str, Any] = read_json(file) if file.is_file() else {}
     known = kept.get("cases", {}) if kept.get("tolerance_mm") == tolerance_mm else {}
-    plans, dataset = PlansManager(str(fold.parent / "plans.json")), load_json(str(fold.parent / "dataset.json"))
+    plans, dataset = PlansManager(str(fold.parent / "plans.json")), read_json(fold.parent / "dataset.json")
     ignore = plans.get_label_manager(dataset).ignore_label
     reader, ending = plans.image_reader_writer_class(), dataset["file_ending"]
     found: dict[str, Any] = {}

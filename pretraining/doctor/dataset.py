@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunetv2_hiendmae.folders import preprocessed_folder
+from nnunetv2_hiendmae.folders import preprocessed_folder, read_plans
 from nnunetv2_hiendmae.intensity import clip_warning, plan_intensities
 from nnunetv2_hiendmae.settings import FineTuneSettings
 from nnunetv2_hiendmae.weights import find_weights, load_weights
@@ -44,13 +43,10 @@ def check_dataset(dataset: str, plans: str | None, configuration: str) -> Iterat
         if labelled
         else f"hiendmae_plan_and_preprocess -d {dataset}"
     )
-    if not plans_file.is_file():
-        yield Finding("problem", f"{plans_file} does not exist.", prepare)
-        return
     try:
-        manager = PlansManager(load_json(str(plans_file)))
+        manager = PlansManager(read_plans(plans_file, ""))
     except ValueError as error:
-        yield Finding("problem", f"{plans_file} is damaged ({error}).", prepare)
+        yield Finding("problem", str(error).strip(), prepare)
         return
     if configuration not in manager.available_configurations:
         known = ", ".join(manager.available_configurations)

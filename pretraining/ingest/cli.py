@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from nnunetv2_hiendmae.command import CommandParser
+from nnunetv2_hiendmae.command import CommandParser, check_count
 from nnunetv2_hiendmae.folders import raw_folder, raw_root
 from pretraining.ingest.ingest import Aborted, hash_dataset, ingest
 from pretraining.ingest.quality import Gate
@@ -84,8 +84,7 @@ def run(args: argparse.Namespace) -> int:
     heap = Path(args.i)
     if not heap.is_dir():
         raise ValueError(f"-i {heap} is no folder.")
-    if args.np < 1:
-        raise ValueError(f"-np {args.np} must be at least 1.")
+    check_count("-np", args.np)
     folder = output_folder(args.d, args.n)
     known = ingested_hashes(folder) | known_hashes(args.exclude_overlap)
     gate = None if args.no_quality_gate else Gate()

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
-from batchgenerators.utilities.file_and_folder_operations import load_json, load_pickle
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape, resample_data_or_seg_to_shape
 
+from nnunetv2_hiendmae.folders import read_json
 from nnunetv2_hiendmae.intensity import Window
 from pretraining.config import Size
 from pretraining.corpus import to_canonical
@@ -192,7 +193,7 @@ def read_preprocessed(dataset: str, name: str, plans_name: str, configuration: s
     properties = load_pickle(str(found.folder / f"{name}.pkl"))
     geometry = properties["sitk_stuff"]
     original = Frame(origin=geometry["origin"], spacing=geometry["spacing"], direction=geometry["direction"])
-    plan = load_json(str(found.folder.parent / f"{plans_name}.json"))
+    plan = read_json(found.folder.parent / f"{plans_name}.json")
     whole = original.transposed(plan["transpose_forward"])
     box = properties["bbox_used_for_cropping"][::-1]  # x, y, z of the transposed image
     cropped = replace(whole, origin=whole.to_patient(tuple(float(low) for low, _ in box)))

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import NoReturn
 
-from nnunetv2_hiendmae.command import CommandParser
+from nnunetv2_hiendmae.command import CommandParser, check_count
 
 EXAMPLES = """Examples:
   hiendmae_visualize -run nnUNet_results/Dataset500_X/HiEndMAE__HiEndMAEPlans__3d_fullres/large_p12_500 \\
@@ -63,8 +63,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"-o {args.o}: {there} is a file; name a folder.")
     if not os.access(there, os.W_OK):
         raise ValueError(f"-o {args.o}: {there} may not be written to; name another folder.")
-    if args.seed < 0:
-        raise ValueError(f"-seed {args.seed} must be at least 0.")
+    check_count("-seed", args.seed, 0)
 
 
 def main() -> NoReturn:

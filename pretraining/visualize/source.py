@@ -62,8 +62,6 @@ def open_run(folder: Path) -> Source:
         checkpoint = load_checkpoint(folder)
     except ValueError as error:
         raise ValueError(f"-run {folder}: {error} Name the folder that holds a run's checkpoint_final.pth.") from None
-    if "config" not in checkpoint or "network_weights" not in checkpoint:
-        raise ValueError(f"{folder} is no folder of hiendmae_pretrain: its checkpoint holds no configuration.")
     config = RunConfig.from_dict(checkpoint["config"])
     model = HiEndMAE(config.model)
     check_keys(checkpoint["network_weights"], model.state_dict(), str(folder))
