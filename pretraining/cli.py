@@ -205,7 +205,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
         return
     try:
-        with FileLock(folder / LOCK, blocking=False):  # given back by the system, however the process ends
+        with FileLock(folder / LOCK, timeout=0):  # given back by the system, however the process ends
             yield
     except Timeout:
         raise ValueError(f"Another process is at work in {folder}. Wait for its end, or choose another -run.") from None
@@ -288,7 +288,7 @@ def work(job: Job) -> None:
     except (OSError, RuntimeError, MemoryError) as error:
         reason = "A loader process was lost." if isinstance(error, ConnectionError) else one_line(error)
         code, message = 1, f"error: {reason} Continue from the last checkpoint with --c."
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error):
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):  # CUDA, CPU
             message = f"error: the memory of {job.runtime.device} is full. {LESS_MEMORY}"
     except KeyboardInterrupt:
         code, message = 130, "interrupted; --c continues from the last checkpoint"

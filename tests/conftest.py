@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,3 +72,12 @@ def pretrained(world: World) -> Path:
         "-crop_size 24 32 40 -num_workers 1"
     )
     return world.root / "results" / DATASET / "HiEndMAE__nnUNetPlans__3d_fullres" / "tiny_901" / "encoder_weights.pth"
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """A failed test's processes must not slow down those after it."""
+    yield
+    from processes import end_all
+
+    end_all()

@@ -125,3 +125,14 @@ def test_processes_that_meet_at_a_case_leave_a_whole_body_map(corpus: Preprocess
                 assert len(np.load(file)) == 50_000 * len(cells)
         assert all(job.exception() is None for job in jobs)
     assert [f.name for f in file.parent.iterdir()] == ["case.npy"]
+
+
+@pytest.mark.parametrize(("accumulate", "world_size"), [(1, 1), (3, 1), (1, 4), (2, 3)])
+def test_ranks_and_micro_batches_share_a_step(accumulate: int, world_size: int) -> None:
+    """Together they take each crop of a step once, in parts of equal size."""
+    parts = [list(MicroBatches(5, 7, 24, accumulate, rank, world_size)) for rank in range(world_size)]
+    assert all(len(part) == 2 * accumulate for part in parts)
+    assert {len(batch) for part in parts for batch in part} == {24 // accumulate // world_size}
+    for step in range(2):
+        crops = [i for part in parts for batch in part[step * accumulate : (step + 1) * accumulate] for i in batch]
+        assert sorted(crops) == list(range((5 + step) * 24, (6 + step) * 24))

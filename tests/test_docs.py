@@ -17,6 +17,7 @@ from nnunetv2_hiendmae.settings import FineTuneSettings
 CHECKOUT = Path(__file__).parents[1]
 PAGES = sorted((CHECKOUT / "docs").rglob("*.md"))
 REFERENCE = re.compile(r"`([\w/]+)\.py:([\w.]+)`")
+NAMED_TEST = re.compile(r"(test_\w+\.py)::(test_\w+)")
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 sys.path.insert(0, str(CHECKOUT / "docs"))
@@ -92,6 +93,13 @@ def test_code_references(page):
 def test_links_within_the_documentation(page):
     for target in LINK.findall(page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+def test_every_test_that_the_documentation_names_exists():
+    named = {pair for page in PAGES for pair in NAMED_TEST.findall(page.read_text(encoding="utf-8"))}
+    assert len(named) > 40
+    for file, name in named:
+        assert f"def {name}(" in (CHECKOUT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{name}"
 
 
 def test_every_published_quirk_has_its_row():

@@ -16,12 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DATASET, World
+from processes import ENDLESS, RUNS, SMALL, descendants, start, wait_for
 
 from pretraining.stream import split_cases
-
-RUNS = Path("results") / DATASET / "HiEndMAE__nnUNetPlans__3d_fullres"
-SMALL = "-preset tiny -device cpu -crop_size 24 24 24 -num_workers 1 -preview_epochs 0"
-ENDLESS = f"hiendmae_pretrain -d 901 {SMALL} -steps 100000 -batch_size 2 -val_every 5"
 
 
 def weights(world: World, run: str) -> dict[str, torch.Tensor]:
@@ -31,31 +28,6 @@ def weights(world: World, run: str) -> dict[str, torch.Tensor]:
 def losses(world: World, run: str) -> list[float]:
     lines = (world.root / RUNS / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
-
-
-def start(world: World, command: str, **env: str) -> subprocess.Popen[str]:
-    words = command.split()
-    words[0] = str(Path(sys.executable).with_name(words[0]))
-    return subprocess.Popen(
-        words, env={**world.env, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
-        start_new_session=True,
-    )  # fmt: skip
-
-
-def wait_for(process: subprocess.Popen[str], beginning: str) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith(beginning):
-            return
-    raise AssertionError(f"the process ended before it wrote '{beginning}'")
-
-
-def descendants(pid: int, pattern: str = "") -> list[int]:
-    """Processes below one, whose command line matches."""
-    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, encoding="utf-8", check=False).stdout.split()
-    below = [int(child) for child in found]
-    commands = {child: Path(f"/proc/{child}/cmdline").read_bytes().decode() for child in below}
-    return [c for c in below if pattern in commands[c]] + [d for c in below for d in descendants(c, pattern)]
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +140,17 @@ def test_a_killed_rank_ends_the_run(world: World) -> None:
     os.kill(ranks[1], signal.SIGKILL)
     log, _ = process.communicate(timeout=90)
     assert process.returncode == 1 and "--c" in log
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_run(world: World) -> None:
+    """A node that stops answering: the others wait for it as long as they are told, then end with a message."""
+    process = start(world, f"{ENDLESS} -num_gpus 2 -run hangs", HIENDMAE_TIMEOUT_MINUTES="0.2")
+    wait_for(process, "step 10/")
+    os.kill(descendants(process.pid, "spawn_main")[1], signal.SIGSTOP)
+    log, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Continue from the last checkpoint with --c." in log, log
+    assert (world.root / RUNS / "hangs" / "checkpoint_latest.pth").is_file()
 
 
 def test_truncated_latest_checkpoint_falls_back(alone: World) -> None:

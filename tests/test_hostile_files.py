@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import World
-from test_engine import RUNS, SMALL
-from test_faults import ended
+from processes import RUNS, SMALL, ended
 
 from nnunetv2_hiendmae.weights import load_weights, save_weights
 

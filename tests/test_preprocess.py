@@ -137,7 +137,7 @@ def test_parts_make_the_whole(place: World) -> None:
         ("-d 510 -spacing 1 2", "-spacing 1 2: give three numbers"),
         ("-d 510 -spacing 0 1 1", "give three numbers"),
         ("-d 510 -spacing mean", "give three numbers"),
-        ("-d 510 -num_parts 2 -part_id 2", "-part_id 2: impossible"),
+        ("-d 510 -num_parts 2 -part_id 2", "-part_id 2 must be 0 to 1"),
         ("-d 510 -p a__b", "'a__b' must not"),
     ],
 )

@@ -36,6 +36,7 @@ def test_run_folder_has_everything(pretrained: Path) -> None:
     names = {name for name in names if not name.startswith("events.")}
     assert names == {
         "config.json", "metrics.jsonl", "progress.png", "checkpoint_final.pth", "encoder_weights.pth", "previews",
+        ".lock",
     }  # fmt: skip
     assert (pretrained.parent / "previews" / "step_00000006.png").stat().st_size > 10_000
     entries = [

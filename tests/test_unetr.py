@@ -160,3 +160,18 @@ def test_loading_another_architecture_names_the_differences():
 def flat(features: tuple[list[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
     taps, final = features
     return [*taps, final]
+
+
+def test_the_deepest_tap_joins_first() -> None:
+    config = ViTConfig(patch_size=(4, 4, 4), embed_dim=12, depth=6, num_heads=2, taps=(0, 2, 4))
+    network = HiEndMAEUNETR(config, input_channels=1, num_classes=2, img_size=(8, 8, 8), feature_size=2)
+    seen: list[torch.Tensor] = []
+    for path in network.tap_paths:
+        path.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    x = torch.randn(1, 1, 8, 8, 8)
+    with torch.no_grad():
+        network(x)
+        taps, _ = network.vit(x)
+    assert len(seen) == len(taps) == 3
+    for volume, tap in zip(seen, reversed(taps), strict=True):
+        assert torch.equal(volume.flatten(2).transpose(1, 2), tap)
