@@ -97,6 +97,7 @@ def test_subset_does_not_depend_on_the_order_of_the_file() -> None:
     assert (number_of_cases("1%", 45), number_of_cases("10%", 45), number_of_cases(45, 45)) == (1, 4, 45)
 
 
+@pytest.mark.slow
 def test_without_a_split_file_nnunets_own_folds_are_made(world: World, tmp_path: Path) -> None:
     """They equal what nnU-Net wrote at its own first training."""
     source = world.root / "preprocessed" / DATASET

@@ -148,9 +148,15 @@ def test_a_clock_that_goes_backwards(world: World) -> None:
 # Disks
 
 
+PICTURE = "previews/step_00000002.tmp.png"
+
+
 @pytest.mark.parametrize(
     ("name", "flags"),
-    [("metrics.jsonl", "-log_every 1"), ("previews/step_00000002.tmp.png", "-preview_epochs 1 -crops_per_case 1")],
+    [
+        ("metrics.jsonl", "-log_every 1"),
+        pytest.param(PICTURE, "-preview_epochs 1 -crops_per_case 1", marks=pytest.mark.slow, id="picture"),
+    ],
 )
 def test_full_disk_while_logging(world: World, name: str, flags: str) -> None:
     """The file of the log, then of a picture, takes no bytes any more."""
@@ -292,9 +298,21 @@ def test_no_case_at_all(copy: World) -> None:
     assert len(log.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_data_set_named_twice_counts_once(world: World) -> None:
     log = ended(f"{SHORT.replace('-d 901', f'-d 901 {DATASET} 901')} -run twice", world, 0)
     assert "6 cases of Dataset901_TestPhantom (" in log
+
+
+def test_data_sets_in_different_states_are_told_apart(copy: World) -> None:
+    """One is preprocessed, the other only planned, or not even that."""
+    other = copy.root / "preprocessed" / "Dataset903_Other"
+    other.mkdir()
+    log = ended(SHORT.replace("-d 901", "-d 901 903"), copy, 2)
+    assert f"{other / 'nnUNetPlans.json'} does not exist" in log
+    shutil.copy(copy.root / "preprocessed" / DATASET / "nnUNetPlans.json", other)
+    log = ended(SHORT.replace("-d 901", "-d 901 903"), copy, 2)
+    assert f"{other / VOLUMES} holds no preprocessed .b2nd volumes" in log
 
 
 # Memory

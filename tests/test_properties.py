@@ -30,7 +30,7 @@ settings.load_profile("here")
 edges = st.tuples(*[st.integers(1, 5)] * 3)
 shapes = st.tuples(*[st.integers(1, 40)] * 3)
 seeds = st.integers(0, 2**32 - 1)
-hu = st.floats(-2000, 4000, allow_nan=False, width=32)
+hu = st.floats(-32768, 32767, allow_nan=False, width=32)
 
 
 def window() -> st.SearchStrategy[tuple[float, float]]:
