@@ -191,7 +191,7 @@ def test_failures_are_loud(bench: tuple[World, Path]) -> None:
         ("plan -o x -d 903 -labels 9 -arms nnunet", "needs more than the 4 training cases"),
         ("run -o nowhere", "grid.json does not exist. Write one with 'hiendmae_benchmark plan'."),
         ("run -o nowhere -part_id 2", "-part_id 2 must be 0 to 0"),
-        ("report -o nowhere -tolerance_mm 0", "-tolerance_mm 0.0 must be positive"),
+        ("report -o nowhere -tolerance_mm 0", "-tolerance_mm 0.0 must be a positive number"),
     ],
 )
 def test_refused_in_one_line(bench: tuple[World, Path], command: str, message: str) -> None:
