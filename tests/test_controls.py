@@ -70,6 +70,7 @@ print(json.dumps([choices[3], trainer.inference_allowed_mirroring_axes]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nnUNetTrainerBudget", "nnUNetTrainerHiEndMAE_scratch"])
 def test_no_mirroring(world: World, name: str) -> None:
     """Neither in training nor in prediction; without the setting as nnU-Net does."""

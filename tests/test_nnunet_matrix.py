@@ -90,12 +90,7 @@ def test_cascade(world: World, pretrained: Path) -> None:
         assert "Mean Validation Dice" in log
 
 
-def test_what_the_network_cannot_do_is_refused(world: World, pretrained: Path, tmp_path: Path) -> None:
-    """2D by us, several processes without GPUs by nnU-Net."""
-    world.run("nnUNetv2_plan_experiment -d 901 -overwrite_plans_name flat")
-    flat = TRAIN.format(dataset=901, configuration="2d", fold=0, plans="flat")
-    env = {"HIENDMAE_WEIGHTS": str(pretrained), "nnUNet_results": str(tmp_path)}
-    log = world.run(flat, ok=False, **env)
-    assert "is a 3D network; train the 2d configuration with nnUNetTrainer" in log and "Traceback" not in log
+def test_processes_without_gpus_are_refused_by_nnunet(world: World, pretrained: Path, tmp_path: Path) -> None:
     two = TRAIN.format(dataset=901, configuration="3d_fullres", fold=0, plans="nnUNetPlans") + " -num_gpus 2"
+    env = {"HIENDMAE_WEIGHTS": str(pretrained), "nnUNet_results": str(tmp_path)}
     assert "DDP training" in world.run(two, ok=False, **env)

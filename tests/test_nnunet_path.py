@@ -72,6 +72,7 @@ def test_continue_validate_predict_without_weights(trained: World, pretrained: P
             file.with_name("moved_away").rename(file)
 
 
+@pytest.mark.slow
 def test_fold_all_and_weights_from_the_environment(trained: World, pretrained: Path, tmp_path: Path) -> None:
     copy = shutil.copy(pretrained, tmp_path / "elsewhere.pth")
     log = trained.run(TRAIN.format(fold="all"), HIENDMAE_WEIGHTS=str(copy))

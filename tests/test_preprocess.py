@@ -116,6 +116,7 @@ def test_bad_case_is_left_out_and_finished_ones_are_kept(place: World) -> None:
     assert manifest["cases"] == 5
 
 
+@pytest.mark.slow
 def test_parts_make_the_whole(place: World) -> None:
     log = place.run("hiendmae_plan_and_preprocess -d 510 -num_parts 2 -part_id 0", ok=False)
     assert "Plan once before the parts: the same command with --plan_only" in log
