@@ -41,7 +41,7 @@ def dataset_name(dataset: str) -> str:
     try:
         # nnU-Net may return a numpy string, which a checkpoint of plain data must not hold.
         return str(maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # no such number; no number
         raise ValueError(f"-d {dataset}: {' '.join(str(error).split())}") from None
 
 

@@ -144,7 +144,7 @@ def official_architecture(state: State, num_heads: int | None = None) -> ViTConf
     if stem.ndim != 5:
         raise ValueError(f"encoder.patch_embed.proj.weight has shape {tuple(stem.shape)}; it must be that of a Conv3d.")
     width, channels, *patch = stem.shape
-    heads = num_heads or PUBLISHED_HEADS.get(width)
+    heads = PUBLISHED_HEADS.get(width) if num_heads is None else num_heads
     if heads is None:
         raise ValueError(
             f"The checkpoint does not record its attention heads, and {width} is no published width; say -num_heads."

@@ -23,6 +23,7 @@ from nnunetv2_hiendmae import __version__
 from nnunetv2_hiendmae.architectures.pos_embed import interpolate_pos_embed
 from nnunetv2_hiendmae.architectures.vit import MAX_TOKENS, ViT, ViTConfig
 from nnunetv2_hiendmae.foreign import check_shapes, convert_official
+from nnunetv2_hiendmae.intensity import check_window
 
 __all__ = [
     "LoadReport",
@@ -156,7 +157,7 @@ def load_weights(path: str | Path) -> Weights:
         raise ValueError(f"{path} has weights format {data['version']}; this version reads up to {FORMAT_VERSION}.")
     try:
         check_content(data["encoder"], data["header"])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:  # a header may hold anything
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:  # a header may hold anything
         raise ValueError(f"{path} is no sound weights file: {type(error).__name__}: {error}") from None
     weights = Weights(path, data["encoder"], data["header"])
     if tensors_sha256(weights.encoder) != weights.sha256:
@@ -168,13 +169,19 @@ def check_content(encoder: State, header: dict[str, Any]) -> None:
     """Refuse a header that does not describe the tensors, before a network of that architecture is built.
 
     Raises:
-        ValueError, TypeError, KeyError, AttributeError: what is missing, of another kind or size.
+        ValueError, TypeError, KeyError, AttributeError, OverflowError: what is missing, of another kind or size.
     """
     config = ViTConfig.from_dict(header["architecture"])
-    low, high = header["window_hu"]
-    sizes = [*header["img_size"], *config.patch_size, config.embed_dim, config.depth, config.num_heads]
-    if not all(type(n) is int and n > 0 for n in sizes) or len(header["img_size"]) != 3 or not float(low) < float(high):
-        raise ValueError(f"impossible sizes or window in its header ({sizes}, {header['window_hu']})")
+    check_window(header["window_hu"])
+    h, w, d = header["img_size"]
+    if not all(type(n) is int and n > 0 for n in (h, w, d)):
+        raise ValueError(f"img_size {header['img_size']} must be three positive integers")
+    if not isinstance(header["sha256"], str):
+        raise TypeError(f"sha256 is {header['sha256']!r}")
+    for spacing in header.get("spacing", {}).values():
+        _ = [float(mm) for mm in spacing]
+    for data in header.get("datasets", []):
+        _ = data["name"], data["cases"]
     if not all(isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in encoder.values()):
         raise ValueError("the encoder holds other things than floating-point tensors")
     stem = encoder["patch_embed.proj.weight"]

@@ -204,11 +204,17 @@ def alone_in(folder: Path) -> Iterator[None]:
     if distributed.rank():  # the first one of a group holds the lock
         yield
         return
+    lock = FileLock(folder / LOCK, timeout=0)  # given back by the system, however the process ends
     try:
-        with FileLock(folder / LOCK, timeout=0):  # given back by the system, however the process ends
-            yield
+        lock.acquire()
     except Timeout:
         raise ValueError(f"Another process is at work in {folder}. Wait for its end, or choose another -run.") from None
+    except NotImplementedError:  # a file system without locks must not keep anybody from training
+        print(f"WARNING: {folder} cannot be locked; do not start the same run twice.")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def pick_device(name: str, ranks_here: int) -> torch.device:

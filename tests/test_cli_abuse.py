@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+import torch
 from conftest import World
+from test_import_weights import official_state
 
 HUGE = str(10**30)
 WORD, NEGATIVE, ZERO, HALF, NAN, INF = "many", "-1", "0", "1.5", "nan", "inf"
@@ -51,10 +53,10 @@ FLAGS = {
         "-plans_name": ["a__b"],
         "--num_iterations_per_epoch": COUNT, "--num_val_iterations_per_epoch": COUNT, "-p": ["None"], "-d": ["444"],
     },
-    "hiendmae_benchmark plan -o {out} -d 901 -device cpu": {
+    "hiendmae_benchmark plan -o {out} -d 901 -device cpu -arms nnunet": {
         "-num_epochs": COUNT, "-num_iterations_per_epoch": COUNT, "-batch_size": COUNT, "-patch_size": THREE,
         "-labels": [*COUNT, "0%", "100%", "99"], "-seeds": [*NATURAL, "1 1"], "-f": [WORD, NEGATIVE, "9"],
-        "-arms": ["none"], "-weights": ["nowhere.pth"], "-name": ["a__b", "a/b"], "-p": ["None"], "-d": ["444"],
+        "-arms": ["none", "hiendmae -weights nowhere.pth"], "-name": ["a__b", "a/b"], "-p": ["None"], "-d": ["444"],
     },
     "hiendmae_benchmark run -o {out}": {"-part_id": [NEGATIVE, "1", WORD], "-num_parts": COUNT},
     "hiendmae_benchmark report -o {out}": {"-tolerance_mm": POSITIVE},
@@ -62,10 +64,14 @@ FLAGS = {
     "hiendmae_visualize -run {out} -i {raw} -o {out}": {"-seed": NATURAL, "-spacing": ["0 0 0", f"{NAN} 1 1", "1"],
                                                         "-voxel": ["1 1", "a b c"]},
     "hiendmae_demo -o {out}/demo": {"-o": ["{file}"], "-pretrain_steps": COUNT, "-epochs": COUNT, "-device": ["tpu"]},
-    "hiendmae_import_weights {file} -o {out}/w.pth": {"-num_heads": COUNT, "-img_size": THREE, "-window_hu": ["2 1"]},
+    "hiendmae_import_weights {official} -o {out}/w.pth -num_heads 2": {
+        "-num_heads": COUNT, "-img_size": ["8 8", "a b c"], "-window_hu": ["2 1", "1"],
+    },
     "hiendmae_doctor": {"-preset": ["huge"], "-device": ["tpu"]},
-    "hiendmae_share push -i {file}": {"-repo": ["name", "a/b/c", "../x"]},
+    "hiendmae_share push -i {weights}": {"-repo": ["name", "a/b/c", "../x"]},
 }  # fmt: skip
+SETTINGS = {"crop_size": "img_size", "labels": "Label budget", "f": "Fold"}
+"""What flags are called once they are settings."""
 CASES = [
     pytest.param(command, flag, value, id=f"{command.split(' -')[0]} {flag} {value}")
     for command, flags in FLAGS.items()
@@ -87,6 +93,7 @@ def test_impossible_values_get_one_line(
     flag: str,
     value: str,
     world: World,
+    pretrained: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -100,7 +107,9 @@ def test_impossible_values_get_one_line(
         monkeypatch.setenv(f"nnUNet_{kind}", str(world.root / kind))
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     (tmp_path / "file").touch()
-    places = {"raw": world.root / "raw", "out": tmp_path, "file": tmp_path / "file"}
+    torch.save(official_state(), tmp_path / "official.pth")
+    places = {"raw": world.root / "raw", "out": tmp_path, "weights": pretrained}
+    places |= {"file": tmp_path / "file", "official": tmp_path / "official.pth"}
     words = command.format(**places).split()
     if flag in words:  # the flag's own value is replaced
         at = words.index(flag)
@@ -115,4 +124,12 @@ def test_impossible_values_get_one_line(
     assert end_of_program.value.code == 2, shown.err
     (line,) = shown.err.strip().splitlines()
     assert line.startswith(f"{words[0]}") and "error:" in line
+    name = flag.lstrip("-")
+    told = (
+        flag,
+        name,
+        SETTINGS.get(name, name),
+        *value.format(**places).split(),
+    )  # the flag, its setting, or the value
+    assert any(word in line for word in told if len(word) > 1), line
     assert not (tmp_path / "results").exists()

@@ -106,12 +106,16 @@ HUGE = 10**9
         ({"architecture": {"embed_dim": 6 * HUGE}}, "different architectures"),
         ({"architecture": {"patch_size": [HUGE, 8, 8]}}, "different architectures"),
         ({"architecture": {"mlp_ratio": 1e9}}, "shapes contradict each other"),
-        ({"architecture": {"depth": "12"}}, "sound weights file"),
+        ({"architecture": {"depth": "12"}}, "all must be positive"),
         ({"architecture": {"taps": [3, 6, HUGE]}}, "name blocks beyond depth"),
         ({"architecture": {"colour": 1}}, "Unknown architecture keys ['colour']"),
         ({"img_size": [HUGE, 24, 40]}, "tokens, more than"),
-        ({"img_size": "all"}, "sound weights file"),
-        ({"window_hu": [250, -175]}, "impossible sizes or window"),
+        ({"architecture": {"num_heads": 0}}, "all must be positive"),
+        ({"architecture": {"num_heads": -1}}, "all must be positive"),
+        ({"img_size": "all"}, "must be three positive integers"),
+        ({"spacing": {"X": "thin"}}, "could not convert"),
+        ({"datasets": ["X"]}, "sound weights file"),
+        ({"window_hu": [250, -175]}, "The HU window"),
         ({"window_hu": None}, "sound weights file"),
     ],
 )
@@ -132,7 +136,7 @@ def test_headers_that_lie_are_refused_before_anything_is_built(
 
 def test_missing_header_entries_are_named(pretrained: Path, tmp_path: Path) -> None:
     data = torch.load(pretrained, weights_only=True)
-    for key in ("architecture", "window_hu", "img_size"):
+    for key in ("architecture", "window_hu", "img_size", "sha256"):
         header = {k: v for k, v in data["header"].items() if k != key}
         torch.save({**data, "header": header}, tmp_path / "w.pth")
         with pytest.raises(ValueError, match=f"no sound weights file: KeyError: '{key}'"):

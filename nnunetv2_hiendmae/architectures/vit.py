@@ -43,6 +43,9 @@ class ViTConfig:
         object.__setattr__(self, "taps", tuple(self.taps))
         if len(self.patch_size) != 3 or min(self.patch_size) < 1:
             raise ValueError(f"patch_size={self.patch_size} must be three positive integers.")
+        counts = {name: getattr(self, name) for name in ("embed_dim", "depth", "num_heads", "in_channels")}
+        if not all(type(n) is int and n > 0 for n in (*self.patch_size, *counts.values())) or not self.mlp_ratio > 0:
+            raise ValueError(f"{counts}, mlp_ratio={self.mlp_ratio}: all must be positive, the counts integers.")
         if self.embed_dim % 6 or self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim={self.embed_dim} must be divisible by 6 and by num_heads={self.num_heads}.")
         if not self.taps or list(self.taps) != sorted(set(self.taps)) or not 0 <= self.taps[0] <= self.taps[-1]:

@@ -14,7 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_hiendmae.benchmark.grid import Arm, Grid, Run
 from nnunetv2_hiendmae.benchmark.splits import split_index, write_json
 from nnunetv2_hiendmae.cli import make_plans
-from nnunetv2_hiendmae.folders import preprocessed_folder, read_json, results_folder
+from nnunetv2_hiendmae.folders import preprocessed_folder, read_plans, results_folder
 from nnunetv2_hiendmae.settings import BLOCK
 from nnunetv2_hiendmae.trainer import nnUNetTrainerHiEndMAE
 from nnunetv2_hiendmae.weights import load_weights
@@ -28,6 +28,8 @@ DEFAULTS = (
     ("scratch", "nnUNetTrainerHiEndMAE_scratch", "nnUNetTrainerHiEndMAE_scratch", "nnUNetPlans"),
     ("hiendmae", "nnUNetTrainerHiEndMAE", "nnUNetTrainerHiEndMAE", "nnUNetPlans"),
 )
+
+MEND = "Plan again, or remove it if hiendmae_benchmark wrote it."
 
 # What an nnU-Net trainer can do otherwise than nnUNetTrainer, and readers should know.
 METHODS = (
@@ -104,15 +106,15 @@ def write_plans(grid: Grid, dataset: str, arm: Arm) -> Path:
     if needs_block(arm):
         weights = load_weights(str(arm.weights))
         settings |= {"weights": str(weights.path.absolute()), "weights_sha256": weights.sha256}
-    plans = make_plans(read_json(source), name, settings, grid.patch_size, grid.batch_size)
-    if not target.is_file() or read_json(target) != plans:
+    plans = make_plans(read_plans(source, MEND), name, settings, grid.patch_size, grid.batch_size)
+    if not target.is_file() or read_plans(target, MEND) != plans:
         write_json(target, plans)
     return target
 
 
 def configuration_of(plans_file: Path, configuration: str) -> dict[str, Any]:
     """One configuration of a plans file, inheritance resolved. ``ValueError`` if it has none of that name."""
-    return PlansManager(read_json(plans_file)).get_configuration(configuration).configuration
+    return PlansManager(read_plans(plans_file, MEND)).get_configuration(configuration).configuration
 
 
 def plans_file(grid: Grid, run: Run) -> Path:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_hiendmae.command import check_count
 from nnunetv2_hiendmae.settings import BUDGET, FineTuneSettings
 
 GRID_FILE = "grid.json"
@@ -111,6 +112,10 @@ class Grid:
             raise ValueError(f"device='{self.device}' must be cuda, cpu or mps.")
         for labels in self.labels:
             check_labels(labels)
+        for seed in self.seeds:
+            check_count("-seeds", seed, 0)
+        if self.batch_size is not None:
+            check_count("-batch_size", self.batch_size)
         FineTuneSettings(**self.budget)
 
     @property
