@@ -16,7 +16,8 @@ BLOCK = "hiendmae"
 NETWORK = ("architecture", "window_hu", "feature_size", "identity_blocks")
 """The settings that make the network what it is: a checkpoint fits only if they agree."""
 
-BUDGET = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "no_mirroring")
+BUDGET = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "no_mirroring",
+          "no_augmentation")  # fmt: skip
 """The settings that every arm of a benchmark shares, nnU-Net's own trainers too."""
 
 
@@ -45,6 +46,9 @@ class FineTuneSettings:
     no_mirroring: bool = False
     """No flips in training, none averaged in prediction: for left and right organs that look alike, as in nnU-Net's
     ``nnUNetTrainerNoMirroring``."""
+    no_augmentation: bool = False
+    """Training patches as they were cropped, nothing mirrored either, as in nnU-Net's ``nnUNetTrainerNoDA``: for
+    budgets too short to gain from augmentation."""
     initial_lr: float = 1e-4
     """Peak learning rate of AdamW; published: 1e-4."""
     weight_decay: float = 0.05
@@ -71,7 +75,7 @@ class FineTuneSettings:
             raise ValueError(f"initial_lr={self.initial_lr} must be > 0, weight_decay={self.weight_decay} >= 0.")
         if not 0 < self.layer_decay <= 1 or not 0 <= self.drop_path < 1:
             raise ValueError(f"layer_decay={self.layer_decay} must be in (0, 1], drop_path={self.drop_path} in [0, 1).")
-        for name in ("identity_blocks", "no_mirroring"):
+        for name in ("identity_blocks", "no_mirroring", "no_augmentation"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false.")
         _ = self.encoder

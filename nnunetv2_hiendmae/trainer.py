@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoDA import nnUNetTrainerNoDA
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 from torch._dynamo import OptimizedModule
@@ -77,7 +78,12 @@ class nnUNetTrainerHiEndMAE(nnUNetTrainer):
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:
         choices = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        return without_mirroring(self, choices) if self.settings.no_mirroring else choices
+        return fewer_augmentations(self, choices, self.settings)
+
+    def get_training_transforms(self, *args: Any, **kwargs: Any) -> Any:
+        if self.settings.no_augmentation:
+            return nnUNetTrainerNoDA.get_training_transforms(*args, **kwargs)
+        return super().get_training_transforms(*args, **kwargs)
 
     def initialize(self) -> None:
         """Resolve the settings, build everything as nnU-Net does, then copy the encoder's weights in."""
@@ -185,10 +191,19 @@ class nnUNetTrainerHiEndMAE(nnUNetTrainer):
             raise SystemExit(1) from None
 
 
-def without_mirroring(trainer: nnUNetTrainer, choices: tuple[Any, ...]) -> tuple[Any, ...]:
-    """nnU-Net's rotation, 2D augmentation, patch size and mirrored axes, with no axis mirrored, nor in prediction."""
-    trainer.inference_allowed_mirroring_axes = None
-    return (*choices[:3], None)
+def fewer_augmentations(
+    trainer: nnUNetTrainer, choices: tuple[Any, ...], settings: FineTuneSettings
+) -> tuple[Any, ...]:
+    """nnU-Net's rotation, 2D augmentation, patch size and mirrored axes, less what ``settings`` leave out.
+
+    What is not mirrored in training is not in prediction; crops that are not rotated need no margin.
+    """
+    rotation, dummy_2d, patch_size, axes = choices
+    if settings.no_augmentation:
+        patch_size = trainer.configuration_manager.patch_size
+    if settings.no_augmentation or settings.no_mirroring:
+        axes = trainer.inference_allowed_mirroring_axes = None
+    return rotation, dummy_2d, patch_size, axes
 
 
 class nnUNetTrainerHiEndMAE_scratch(nnUNetTrainerHiEndMAE):

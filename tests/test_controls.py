@@ -66,17 +66,24 @@ plans, dataset, name = json.load(open(sys.argv[1])), json.load(open(sys.argv[2])
 plans["configurations"]["3d_fullres"]["hiendmae"], plans["continue_training"] = json.loads(sys.argv[4]), False
 trainer = recursive_find_trainer_class_by_name(name)(plans, "3d_fullres", 0, dataset, torch.device("cpu"))
 choices = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-print(json.dumps([choices[3], trainer.inference_allowed_mirroring_axes]))
+transforms = trainer.get_training_transforms([8, 8, 8], choices[0], None, choices[3], False)
+margin = [int(n) for n in choices[2]] != list(trainer.configuration_manager.patch_size)
+print(json.dumps([choices[3], trainer.inference_allowed_mirroring_axes, margin, "Spatial" in str(transforms)]))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["nnUNetTrainerBudget", "nnUNetTrainerHiEndMAE_scratch"])
-def test_no_mirroring(world: World, name: str) -> None:
-    """Neither in training nor in prediction; without the setting as nnU-Net does."""
+def test_less_augmentation(world: World, name: str) -> None:
+    """No mirroring in training or prediction; no margin and no rotation either; without the settings as nnU-Net."""
     folder = world.root / "preprocessed" / DATASET
     files = [str(folder / "nnUNetPlans.json"), str(folder / "dataset.json")]
-    for block, axes in (({}, [0, 1, 2]), ({"no_mirroring": True}, None)):
+    all_axes = [0, 1, 2]
+    for block, expected in (
+        ({}, [all_axes, all_axes, True, True]),
+        ({"no_mirroring": True}, [None, None, True, True]),
+        ({"no_augmentation": True}, [None, None, False, False]),
+    ):
         command = [sys.executable, "-W", "ignore", "-c", AXES, *files, name, json.dumps(block)]
         said = subprocess.run(command, env=world.env, capture_output=True, check=True, encoding="utf-8").stdout
-        assert json.loads(said.splitlines()[-1]) == [axes, axes]
+        assert json.loads(said.splitlines()[-1]) == expected

@@ -56,6 +56,7 @@ def add_plan_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("-num_iterations_per_epoch", type=int, metavar="N", help="of every arm [each trainer's own]")
     p.add_argument("-num_val_iterations_per_epoch", type=int, metavar="N", help="of every arm [each trainer's own]")
     p.add_argument("--no_mirroring", action="store_true", default=None, help="for left and right organs; every arm")
+    p.add_argument("--no_augmentation", action="store_true", default=None, help="for short budgets; every arm")
     p.add_argument("-patch_size", type=int, nargs=3, metavar="N", help="of every arm [that of its plans]")
     p.add_argument("-batch_size", type=int, metavar="N", help="of every arm [that of its plans]")
     p.add_argument("-device", choices=("cuda", "cpu", "mps"), help="[cuda]")

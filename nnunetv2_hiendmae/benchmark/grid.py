@@ -88,6 +88,8 @@ class Grid:
     """None: each trainer's own (nnU-Net: 50)."""
     no_mirroring: bool | None = None
     """True: no arm flips, for left and right organs that look alike. None: nnU-Net's default, which does."""
+    no_augmentation: bool | None = None
+    """True: every arm trains on crops as they are, for budgets too short to gain from augmentation."""
     patch_size: tuple[int, int, int] | None = None
     """Of every arm, voxels ``(z, y, x)``. None: that of each arm's plans."""
     batch_size: int | None = None

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import nnUNet_Primus_M_Trainer, nnUNet_PrimusV2M_Trainer
+from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoDA import nnUNetTrainerNoDA
 
-from nnunetv2_hiendmae.settings import BLOCK
-from nnunetv2_hiendmae.trainer import without_mirroring
+from nnunetv2_hiendmae.settings import BLOCK, BUDGET, FineTuneSettings
+from nnunetv2_hiendmae.trainer import fewer_augmentations
 
 
 class Budget(nnUNetTrainer):
-    """Epochs, iterations and mirroring as the plans say; a warm-up of 50 epochs is at most a tenth of the epochs."""
+    """Epochs, iterations and augmentation as the plans say; a warm-up of 50 epochs is at most a tenth of the epochs."""
 
     def __init__(
         self,
@@ -28,16 +29,22 @@ class Budget(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.budget = self.configuration_manager.configuration.get(BLOCK, {})
+        block = self.configuration_manager.configuration.get(BLOCK, {})
+        self.budget = FineTuneSettings(**{name: block[name] for name in BUDGET if name in block})
         for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch"):
-            setattr(self, name, self.budget.get(name, getattr(self, name)))
+            setattr(self, name, block.get(name, getattr(self, name)))
         if hasattr(self, "warmup_duration_whole_net"):
             warmup = self.warmup_duration_whole_net  # type: ignore[has-type]
             self.warmup_duration_whole_net = max(1, min(warmup, self.num_epochs // 10))
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:
         choices = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        return without_mirroring(self, choices) if self.budget.get("no_mirroring", False) else choices
+        return fewer_augmentations(self, choices, self.budget)
+
+    def get_training_transforms(self, *args: Any, **kwargs: Any) -> Any:
+        if self.budget.no_augmentation:
+            return nnUNetTrainerNoDA.get_training_transforms(*args, **kwargs)
+        return super().get_training_transforms(*args, **kwargs)
 
 
 class nnUNetTrainerBudget(Budget):
