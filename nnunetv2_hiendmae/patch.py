@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from nnunetv2.experiment_planning.experiment_planners.network_topology import ge
 MIN_EDGE = 4
 MAX_FEATURES = 320
 MAX_EDGE = 1024
+# nnU-Net's planner: patches that hold less than this share of the median image take their Dice loss over the batch.
+BATCH_DICE_SHARE = 0.25
 UNLIMITED = 999999
 
 
@@ -18,7 +21,8 @@ def with_patch_size(configuration: dict[str, Any], patch_size: Sequence[int]) ->
     """A 3D configuration of plans like ``configuration`` for patches of ``patch_size`` voxels ``(z, y, x)``.
 
     The number of stages, strides, kernels and features of the plan's own network follow, so that the plans train
-    ``nnUNetTrainer`` too. Stages that are added repeat the blocks of the deepest one there was.
+    ``nnUNetTrainer`` too. Stages that are added repeat the blocks of the deepest one there was. So does ``batch_dice``:
+    patches that are small against the images often lack an organ, which a Dice of single patches cannot learn from.
 
     Raises:
         ValueError: a size that this U-Net cannot halve evenly; names the next one that it can.
@@ -47,7 +51,13 @@ def with_patch_size(configuration: dict[str, Any], patch_size: Sequence[int]) ->
     for name in ("n_conv_per_stage", "n_blocks_per_stage"):  # of the plain and of the residual U-Net
         if name in old:
             new[name] = stretched(old[name], stages)
-    return {**configuration, "patch_size": list(patch_size), "architecture": {**architecture, "arch_kwargs": new}}
+    share = math.prod(patch_size) / math.prod(configuration["median_image_size_in_voxels"])
+    return {
+        **configuration,
+        "patch_size": list(patch_size),
+        "batch_dice": share < BATCH_DICE_SHARE,
+        "architecture": {**architecture, "arch_kwargs": new},
+    }
 
 
 def stretched(values: Sequence[int], length: int) -> list[int]:

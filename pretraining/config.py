@@ -255,6 +255,16 @@ class Preset:
 # The published runs use 24 cases × 8 crops per GPU on 4 GPUs for 1000 epochs; batch_size is one GPU's share.
 PUBLISHED = {"crop_size": (96, 96, 96), "batch_size": 192, "crops_per_case": 8, "base_lr": 1e-4, "epochs": 1000}
 PRESETS: dict[str, Preset] = {
+    "nano": Preset(
+        encoder=ENCODERS["nano"],
+        crop_size=(32, 32, 32),
+        decoder_embed_dim=72,
+        decoder_num_heads=3,
+        batch_size=8,
+        crops_per_case=1,
+        base_lr=1.5e-3,
+        epochs=100,
+    ),
     "tiny": Preset(
         encoder=ENCODERS["tiny"],
         crop_size=(48, 48, 48),

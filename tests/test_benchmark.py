@@ -156,6 +156,31 @@ def test_tampering_is_noticed(bench: tuple[World, Path], tamper, messages: list[
     assert "0.99" not in (out / "dice.csv").read_text(encoding="utf-8")
 
 
+def test_archived_run_keeps_its_scores(bench: tuple[World, Path]) -> None:
+    """A run folder without checkpoints and predictions gives the same numbers, and its files are still watched."""
+    world, out = bench
+    report(bench, ok=True)
+    dice, folder = (out / "dice.csv").read_bytes(), fold_folders(world)["nnunet"]
+    backup = shutil.copytree(folder, world.root / "backup")
+    try:
+        for file in (*folder.glob("checkpoint_*.pth"), *folder.glob("validation/*.nii.gz")):
+            file.unlink()
+        report(bench, ok=True)
+        assert (out / "dice.csv").read_bytes() == dice
+        assert "kept without predictions" in (out / "report.md").read_text(encoding="utf-8")
+        assert "$ nnUNetv2_train" not in world.run(f"hiendmae_benchmark run -o {out} -part_id 0 -num_parts 2")
+        file = folder / "hiendmae_surface.json"
+        file.write_text(file.read_text(encoding="utf-8").replace('"nsd": 0', '"nsd": 1', 1))
+        assert "hiendmae_surface.json CHANGED since an earlier report" in report(bench, ok=False)
+        raise_dice(folder)
+        assert "summary.json CHANGED since its run finished" in report(bench, ok=False)
+        (folder / "validation" / "summary.json").unlink()
+        assert "though an earlier report or run had one" in report(bench, ok=False)
+    finally:
+        shutil.rmtree(folder)
+        shutil.move(backup, folder)
+
+
 def test_interrupted_and_unevaluated_runs_are_finished(bench: tuple[World, Path]) -> None:
     world, out = bench
     folder = fold_folders(world)["nnunet"]

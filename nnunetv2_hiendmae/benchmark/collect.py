@@ -12,7 +12,7 @@ from nnunetv2_hiendmae.benchmark.grid import Grid, Run
 from nnunetv2_hiendmae.benchmark.record import RECORD_FILE, SUMMARY, RunRecord, file_sha256, read_record
 from nnunetv2_hiendmae.benchmark.run import expected_record, stale, state_of
 from nnunetv2_hiendmae.benchmark.splits import SPLITS_FILE, split_index
-from nnunetv2_hiendmae.benchmark.surface import SURFACE_FILE, surface_scores
+from nnunetv2_hiendmae.benchmark.surface import SURFACE_FILE, is_archived, surface_scores
 from nnunetv2_hiendmae.folders import preprocessed_folder, read_json
 
 METRICS = ("dice", "nsd", "hd95")
@@ -71,6 +71,7 @@ def collect(grid: Grid, run: Run, tolerance_mm: float, earlier: dict[str, str]) 
         return result
     try:
         check_record(grid, result, earlier)
+        check_archive(result, earlier)
         summary = read_json(folder / SUMMARY)
         check_summary(summary, split["val"], result)
         add_scores(summary, split["val"], data, tolerance_mm, result)
@@ -98,6 +99,16 @@ def check_record(grid: Grid, result: Result, earlier: dict[str, str]) -> None:
     reason = stale(record, expected_record(grid, result.run))
     if reason:
         result.problems.append(reason)
+
+
+def check_archive(result: Result, earlier: dict[str, str]) -> None:
+    """Without predictions the kept surface scores cannot be measured again: they must be those of an earlier report."""
+    if not is_archived(result.folder):
+        return
+    result.notes.append("kept without predictions: scores as measured when they were there")
+    now = file_sha256(result.folder / SURFACE_FILE)
+    if earlier.get(SURFACE_FILE, now) != now:
+        result.problems.append(f"{SURFACE_FILE} CHANGED since an earlier report")
 
 
 def check_summary(summary: dict[str, Any], val: list[str], result: Result) -> None:

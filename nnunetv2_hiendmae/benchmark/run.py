@@ -16,6 +16,7 @@ from nnunetv2_hiendmae.benchmark.arms import fold_folder, plans_file, train_comm
 from nnunetv2_hiendmae.benchmark.grid import Grid, Run
 from nnunetv2_hiendmae.benchmark.record import (
     FINAL,
+    RECORD_FILE,
     SUMMARY,
     RunRecord,
     file_sha256,
@@ -31,10 +32,16 @@ CHECKPOINTS = ("checkpoint_latest.pth", "checkpoint_best.pth")  # of a training 
 
 
 def state_of(folder: Path) -> str:
-    """``finished``, ``validate`` (trained, not evaluated), ``continue`` (has a checkpoint) or ``new``."""
+    """``finished``, ``validate`` (trained, not evaluated), ``continue`` (has a checkpoint) or ``new``.
+
+    A recorded run whose checkpoints were removed to save space is finished as long as it has its summary.
+    """
+    evaluated = (folder / SUMMARY).is_file()
     if (folder / FINAL).is_file():
-        return "finished" if (folder / SUMMARY).is_file() else "validate"
-    return "continue" if any((folder / name).is_file() for name in CHECKPOINTS) else "new"
+        return "finished" if evaluated else "validate"
+    if any((folder / name).is_file() for name in CHECKPOINTS):
+        return "continue"
+    return "finished" if evaluated and (folder / RECORD_FILE).is_file() else "new"
 
 
 def expected_record(grid: Grid, run: Run) -> RunRecord:

@@ -52,6 +52,8 @@ def surface_scores(
 ) -> dict[str, Scores]:
     """Scores of every validation case of a fold's folder, kept there until a file or the tolerance changes.
 
+    Where no prediction is left at all (``is_archived``), the kept scores are all there is.
+
     Args:
         fold: nnU-Net's folder of the run.
         cases: case names.
@@ -65,6 +67,8 @@ def surface_scores(
     file = fold / SURFACE_FILE
     kept: dict[str, Any] = read_json(file) if file.is_file() else {}
     known = kept.get("cases", {}) if kept.get("tolerance_mm") == tolerance_mm else {}
+    if known and is_archived(fold):
+        return {case: known[case]["labels"] for case in cases}
     plans, dataset = PlansManager(str(fold.parent / "plans.json")), read_json(fold.parent / "dataset.json")
     ignore = plans.get_label_manager(dataset).ignore_label
     reader, ending = plans.image_reader_writer_class(), dataset["file_ending"]
@@ -86,3 +90,8 @@ def surface_scores(
     if found != known:
         write_json(file, {"tolerance_mm": tolerance_mm, "cases": found})
     return {case: entry["labels"] for case, entry in found.items()}
+
+
+def is_archived(fold: Path) -> bool:
+    """Whether a run was kept without its predictions: of ``validation`` only the summary is left."""
+    return not any(file.suffix != ".json" for file in (fold / "validation").iterdir())
