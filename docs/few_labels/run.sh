@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# The comparison of docs/experiments.md, section 4, from raw data to the report. Two CPU cores: two to three hours.
+#
+#   export nnUNet_raw=... nnUNet_preprocessed=... nnUNet_results=...     with Dataset500 and Dataset501 in nnUNet_raw
+#   cd a folder to work in; bash .../docs/few_labels/run.sh
+#
+# Stopped, it goes on where it was when started again.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export OMP_WAIT_POLICY=PASSIVE nnUNet_n_proc_DA=0 nnUNet_def_n_proc=1 # two processes share two cores
+# glibc keeps what was freed instead of giving it back to the system and asking anew in every step
+export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
+
+# 1. Data at 5 mm. nnU-Net's own planning and preprocessing for the labelled set.
+hiendmae_plan_and_preprocess -d 500 -spacing 5 5 5 -p HiEndMAE5mmPlans
+[ -d "$nnUNet_preprocessed"/Dataset501_OpenKBP/nnUNet5mmPlans_3d_fullres ] ||
+  nnUNetv2_plan_and_preprocess -d 501 -c 3d_fullres -overwrite_target_spacing 5 5 5 -overwrite_plans_name nnUNet5mmPlans
+
+# 2. Two pre-trainings that differ in the decoder alone.
+pretrain() { # run name, decoder
+  local run=$nnUNet_results/Dataset500_OpenKBPUnlabelled/HiEndMAE__HiEndMAE5mmPlans__3d_fullres/$1
+  [ -f "$run/checkpoint_final.pth" ] || hiendmae_pretrain -d 500 -p HiEndMAE5mmPlans -preset nano -device cpu -run "$1" \
+    -decoder "$2" --no_augmentation -steps 4000 -val_every 250 -preview_epochs 0 -num_workers 1 -log_every 50 \
+    -num_gpus 2 $([ -f "$run/checkpoint_latest.pth" ] && echo --c)
+  mkdir -p weights && cp "$run/encoder_weights.pth" "weights/$1.pth"
+}
+pretrain hi hierarchical
+pretrain mae self_attention
+
+# 3. The grid: 4 arms × 1, 4, 16 labels × 3 label subsets, two trainings at a time.
+hiendmae_benchmark plan -o few_labels -grid "$here/grid.json"
+export OMP_NUM_THREADS=1
+hiendmae_benchmark run -o few_labels -part_id 0 -num_parts 2 &
+hiendmae_benchmark run -o few_labels -part_id 1 -num_parts 2
+wait $!
+hiendmae_benchmark report -o few_labels

@@ -1,0 +1,82 @@
+"""The comparison of docs/experiments.md, section 4: its report follows from the run folders that are kept beside it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+KEPT = Path(__file__).parents[1] / "docs" / "few_labels"
+
+
+def report(out: Path, results: Path = KEPT / "results") -> subprocess.CompletedProcess[str]:
+    """``hiendmae_benchmark report`` on the kept runs."""
+    shutil.copy(KEPT / "grid.json", out)
+    shutil.copy(KEPT / "report" / "provenance.json", out)
+    env = os.environ | {"nnUNet_raw": str(out), "nnUNet_preprocessed": str(KEPT / "preprocessed")}
+    command = [Path(sys.executable).with_name("hiendmae_benchmark"), "report", "-o", str(out)]
+    return subprocess.run(
+        command, env=env | {"nnUNet_results": str(results)}, capture_output=True, encoding="utf-8", check=False
+    )
+
+
+def test_report_follows_from_the_kept_runs(tmp_path: Path) -> None:
+    done = report(tmp_path)
+    assert done.returncode == 0, done.stderr
+    files = [*sorted(KEPT.glob("report/*.csv")), KEPT / "report" / "report.md"]
+    assert len(files) > 7
+    for file in files:
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_changed_and_missing_summaries_are_noticed(tmp_path: Path) -> None:
+    results, out = tmp_path / "results", tmp_path / "out"
+    shutil.copytree(KEPT / "results", results, ignore=shutil.ignore_patterns("*.pth", "*.txt"))
+    out.mkdir()
+    first, second = sorted(results.glob("*/nnUNetTrainerHiEndMAE__*/fold_*/validation/summary.json"))[:2]
+    first.write_text(first.read_text(encoding="utf-8").replace('"Dice": 0.', '"Dice": 0.9', 1), encoding="utf-8")
+    second.unlink()
+    done = report(out, results)
+    assert done.returncode == 1
+    assert done.stderr.count(": CHANGED: ") == 1 and done.stderr.count(": MISSING: ") == 1
+    rows = csv.DictReader((out / "runs.csv").read_text(encoding="utf-8").splitlines())
+    assert {row["status"] for row in rows} == {"finished", "CHANGED", "MISSING"}
+
+
+def test_kept_networks_are_those_of_the_plans() -> None:
+    """Every kept network has the numbers that its record counted, and what nnU-Net's prediction reads."""
+    files = sorted(KEPT.glob("results/*/*/fold_*/checkpoint_final.pth"))
+    assert len(files) == 18
+    for file in files:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=False)
+        count = sum(t.numel() for t in checkpoint["network_weights"].values())
+        assert count == json.loads((file.parent / "hiendmae_run.json").read_text(encoding="utf-8"))["parameters"]
+        assert checkpoint["trainer_name"] in file.parent.parent.name
+
+
+@pytest.mark.slow
+def test_kept_network_predicts(tmp_path: Path) -> None:
+    """``nnUNetv2_predict`` with a kept network and a volume of the right kind."""
+    from pretraining.phantom import write_phantoms
+
+    write_phantoms(tmp_path, "Dataset904_One", num_training=1, num_test=1, spacing=(10.0, 10.0, 10.0))
+    images = tmp_path / "Dataset904_One" / "imagesTs"
+    env = os.environ | {"nnUNet_raw": str(tmp_path), "nnUNet_preprocessed": str(KEPT / "preprocessed")}
+    model = sorted((KEPT / "results" / "Dataset501_OpenKBP").glob("nnUNetTrainerHiEndMAE__*hiendmae*"))[0]
+    fold = sorted(model.glob("fold_*/checkpoint_final.pth"))[0].parent.name.removeprefix("fold_")
+    trainer, plans, configuration = model.name.split("__")
+    predict = Path(sys.executable).with_name("nnUNetv2_predict")
+    words = f"{predict} -i {images} -o {tmp_path / 'out'} -d 501 -c {configuration} -f {fold} -tr {trainer} -p {plans}"
+    subprocess.run(
+        [*words.split(), "-device", "cpu", "-npp", "1", "-nps", "1"],
+        env=env | {"nnUNet_results": str(KEPT / "results")},
+        check=True,
+    )
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 1
