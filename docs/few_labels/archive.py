@@ -25,7 +25,11 @@ WANTED = ("trainer_name", "init_args", "inference_allowed_mirroring_axes")
 def slim_checkpoint(source: Path, target: Path) -> None:
     """What prediction needs of a checkpoint."""
     checkpoint = torch.load(source, map_location="cpu", weights_only=False)  # our own file
-    network = {k: v.half() if v.is_floating_point() else v for k, v in checkpoint["network_weights"].items()}
+    halved: dict[int, torch.Tensor] = {}  # by address: modules that stand under two names are kept once
+    network = {
+        k: halved.setdefault(v.data_ptr(), v.half() if v.is_floating_point() else v)
+        for k, v in checkpoint["network_weights"].items()
+    }
     torch.save({**{k: checkpoint[k] for k in WANTED}, "network_weights": network}, target)
 
 
