@@ -12,8 +12,9 @@ from nnunetv2.experiment_planning.experiment_planners.network_topology import ge
 MIN_EDGE = 4
 MAX_FEATURES = 320
 MAX_EDGE = 1024
-# nnU-Net's planner: patches that hold less than this share of the median image take their Dice loss over the batch.
-BATCH_DICE_SHARE = 0.25
+# nnU-Net's planner takes the Dice loss of 3d_fullres over the batch where there is a 3d_lowres beside it: where a patch
+# holds less than a quarter of the median image, and images for which it does hold that have half the voxels or fewer.
+BATCH_DICE_SHARE = 0.25 / 2
 UNLIMITED = 999999
 
 
@@ -21,8 +22,8 @@ def with_patch_size(configuration: dict[str, Any], patch_size: Sequence[int]) ->
     """A 3D configuration of plans like ``configuration`` for patches of ``patch_size`` voxels ``(z, y, x)``.
 
     The number of stages, strides, kernels and features of the plan's own network follow, so that the plans train
-    ``nnUNetTrainer`` too. Stages that are added repeat the blocks of the deepest one there was. So does ``batch_dice``:
-    patches that are small against the images often lack an organ, which a Dice of single patches cannot learn from.
+    ``nnUNetTrainer`` too. Stages that are added repeat the blocks of the deepest one there was. ``batch_dice`` follows
+    nnU-Net's rule: patches that are small against the images often lack an organ.
 
     Raises:
         ValueError: a size that this U-Net cannot halve evenly; names the next one that it can.

@@ -35,13 +35,10 @@ def test_network_runs_on_the_patch(world: World, patch: tuple[int, int, int]) ->
 
 
 def test_small_patches_take_their_dice_over_the_batch(world: World) -> None:
-    """As nnU-Net plans it where a patch holds less than a quarter of the median image."""
-    planned = configuration_of(world, "nnUNetPlans")
-    image = [int(n) for n in planned["median_image_size_in_voxels"]]
-    quarter = [image[0] // 8 * 8, image[1] // 2 // 8 * 8, image[2] // 2 // 8 * 8]
-    assert with_patch_size(planned, [16, 16, 16])["batch_dice"] is True
-    assert with_patch_size(planned, planned["patch_size"])["batch_dice"] is planned["batch_dice"] is False
-    assert with_patch_size(planned, quarter)["batch_dice"] is True
+    """As nnU-Net plans it where it would plan a 3d_lowres for the same patch: below an eighth of the median image."""
+    planned = {**configuration_of(world, "nnUNetPlans"), "median_image_size_in_voxels": [64.0, 64.0, 64.0]}
+    assert with_patch_size(planned, [32, 32, 32])["batch_dice"] is False
+    assert with_patch_size(planned, [24, 32, 32])["batch_dice"] is True
 
 
 def test_command_writes_both_sizes(world: World) -> None:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The comparison of docs/experiments.md, section 4, from raw data to the report. Two CPU cores: two to three hours.
+# The comparison of docs/experiments.md, section 4, from raw data to the report. Two CPU cores:
+# four hours or less, reckoned from its parts; it was not run in one go.
 #
 #   export nnUNet_raw=... nnUNet_preprocessed=... nnUNet_results=...     with Dataset500 and Dataset501 in nnUNet_raw
 #   cd a folder to work in; bash .../docs/few_labels/run.sh
@@ -30,7 +31,8 @@ pretrain mae self_attention
 # 3. The grid: 4 arms × 1, 4, 16 labels × 3 label subsets, two trainings at a time.
 hiendmae_benchmark plan -o few_labels -grid "$here/grid.json"
 export OMP_NUM_THREADS=1
-hiendmae_benchmark run -o few_labels -part_id 0 -num_parts 2 &
-hiendmae_benchmark run -o few_labels -part_id 1 -num_parts 2
-wait $!
-hiendmae_benchmark report -o few_labels
+for part in 0 1; do
+  hiendmae_benchmark run -o few_labels -part_id "$part" -num_parts 2 &
+done
+wait
+hiendmae_benchmark report -o few_labels # names what failed or is missing
