@@ -200,19 +200,26 @@ def test_packing_loses_half_a_step_at_most(values, bits: int) -> None:
 @given(
     spacing=st.tuples(*[st.floats(0.3, 8)] * 3),
     patch=st.tuples(*[st.integers(8, 160)] * 3),
+    median=st.tuples(*[st.integers(8, 400)] * 3),
     residual=st.booleans(),
 )
-def test_planned_patches_can_be_halved(spacing, patch, residual: bool) -> None:
+def test_planned_patches_can_be_halved(spacing, patch, median, residual: bool) -> None:
     """Either the plan's U-Net fits the patch, or the size that the refusal names is one that it fits."""
     blocks = {"n_blocks_per_stage": [1, 3, 4]} if residual else {"n_conv_per_stage": [2, 2, 2]}
     arguments = {"features_per_stage": [32, 64, 128], "n_conv_per_stage_decoder": [2, 2], **blocks}
-    plan = {"spacing": list(spacing), "patch_size": [1, 1, 1], "architecture": {"arch_kwargs": arguments}}
+    plan = {
+        "spacing": list(spacing),
+        "patch_size": [1, 1, 1],
+        "median_image_size_in_voxels": list(median),
+        "architecture": {"arch_kwargs": arguments},
+    }
     try:
         changed = with_patch_size(plan, patch)
     except ValueError as error:
         patch = tuple(int(word) for word in str(error).rpartition("[")[2].rstrip("].").split(","))
         changed = with_patch_size(plan, patch)
     assert changed["patch_size"] == list(patch)
+    assert changed["batch_dice"] == (8 * np.prod(patch) < np.prod(median))
     network = changed["architecture"]["arch_kwargs"]
     halved = np.prod(network["strides"], axis=0)
     assert all(p % h == 0 and p // h >= 4 for p, h in zip(patch, halved, strict=True))
