@@ -83,6 +83,9 @@ def test_finished_report(bench: tuple[World, Path]) -> None:
     assert rows["liver"]["nnunet"] == f"{summary['mean']['1']['Dice']:.3f}"
     page, text = (out / "report.html").read_text(encoding="utf-8"), (out / "report.md").read_text(encoding="utf-8")
     assert not re.search(r"https?:|<script|<link|url\(", page) and page.count("data:image/svg+xml;base64,") >= 5
+    figures = re.findall(r"^!\[.+\]\((\w+\.svg)\)$", text, re.MULTILINE)
+    assert len(figures) == len(list(out.glob("*.svg"))) >= 5
+    assert all((out / name).read_text(encoding="utf-8").rstrip().endswith("</svg>") for name in figures)
     for name in ("dice", "nsd", "hd95", "comparisons", "cost", "runs"):
         for row in csv.reader((out / f"{name}.csv").read_text(encoding="utf-8").splitlines()):
             assert all(value in text and f">{html.escape(value)}<" in page for value in row if value)
@@ -90,8 +93,9 @@ def test_finished_report(bench: tuple[World, Path]) -> None:
     assert record["parameters"] > 10_000 and record["seconds_per_volume"] > 0 and record["peak_memory_mb"] > 100
     assert "| augmentation |" in text and re.search(r"\| augmentation \| (\w+) \| \1 \| same \|", text)
     before = {file.name: file.read_bytes() for file in out.glob("*.*")}
-    for file in (*out.glob("*.csv"), out / "report.md", out / "report.html", out / "provenance.json"):
-        file.unlink()
+    for pattern in ("*.csv", "*.svg", "report.*", "provenance.json"):
+        for file in out.glob(pattern):
+            file.unlink()
     report(bench, ok=True)
     assert {file.name: file.read_bytes() for file in out.glob("*.*")} == before
 

@@ -1,7 +1,7 @@
-"""Keep the run folders of a benchmark in little space: ``python archive.py WORK_FOLDER TARGET``.
+"""Keep the run folders of a benchmark in little space: ``python archive.py BENCHMARK_FOLDER TARGET``.
 
-Data, predictions and optimizer states are left out. Networks of the arms and label budgets in ``KEEP_NETWORKS`` are
-kept in half precision; ``nnUNetv2_predict`` takes them.
+Data, predictions and optimizer states are left out. Networks of the grid, arms and label budgets in ``KEEP_NETWORKS``
+are kept in half precision; ``nnUNetv2_predict`` takes them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from nnunetv2_hiendmae.benchmark.record import FINAL, SUMMARY
 from nnunetv2_hiendmae.benchmark.run import state_of
 from nnunetv2_hiendmae.folders import preprocessed_folder, results_folder
 
-KEEP_NETWORKS = {"arms": ("hiendmae", "plain_mae", "scratch"), "labels": (1, 4)}
+# grid, arm, labels
+KEEP_NETWORKS = [("few", arm, n) for arm in ("hiendmae", "plain_mae", "scratch") for n in (1, 4)]
 WANTED = ("trainer_name", "init_args", "inference_allowed_mirroring_axes")
 
 
@@ -33,8 +34,8 @@ def slim_checkpoint(source: Path, target: Path) -> None:
     torch.save({**{k: checkpoint[k] for k in WANTED}, "network_weights": network}, target)
 
 
-def main(work: Path, target: Path) -> None:
-    grid = read_grid(work / "few_labels" / "grid.json")
+def main(benchmark: Path, target: Path) -> None:
+    grid = read_grid(benchmark / "grid.json")
     for run in grid.runs():
         source = fold_folder(grid, run)
         if state_of(source) != "finished":
@@ -46,7 +47,7 @@ def main(work: Path, target: Path) -> None:
             shutil.copy(file, folder / file.relative_to(source))
         for name in ("dataset.json", "plans.json"):
             shutil.copy(source.parent / name, folder.parent / name)
-        if run.arm.name in KEEP_NETWORKS["arms"] and run.labels in KEEP_NETWORKS["labels"]:
+        if (grid.name, run.arm.name, run.labels) in KEEP_NETWORKS:
             slim_checkpoint(source / FINAL, folder / FINAL)
         data = target / "preprocessed" / run.dataset
         data.mkdir(parents=True, exist_ok=True)

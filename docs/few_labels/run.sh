@@ -28,11 +28,16 @@ pretrain() { # run name, decoder
 pretrain hi hierarchical
 pretrain mae self_attention
 
-# 3. The grid: 4 arms × 1, 4, 16 labels × 3 label subsets, two trainings at a time.
-hiendmae_benchmark plan -o few_labels -grid "$here/grid.json"
+# 3. 4 arms × 1, 4, 16 labels × 3 label subsets, and 4 arms × 4 labels × 3 subsets for three times as long;
+#    two trainings at a time. The report names what failed or is missing.
 export OMP_NUM_THREADS=1
-for part in 0 1; do
-  hiendmae_benchmark run -o few_labels -part_id "$part" -num_parts 2 &
-done
-wait
-hiendmae_benchmark report -o few_labels # names what failed or is missing
+compare() { # folder, grid
+  hiendmae_benchmark plan -o "$1" -grid "$here/$2"
+  for part in 0 1; do
+    hiendmae_benchmark run -o "$1" -part_id "$part" -num_parts 2 &
+  done
+  wait
+  hiendmae_benchmark report -o "$1"
+}
+compare few_labels grid.json
+compare few_labels_long grid_long.json

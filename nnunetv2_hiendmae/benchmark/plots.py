@@ -18,8 +18,9 @@ AXIS = {"dice": "Dice", "nsd": "surface Dice (NSD)", "hd95": "HD95 (mm)"}
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """One figure of the report."""
+    """One figure of the report: its file's name, its caption, its content."""
 
+    name: str
     title: str
     svg: bytes
 
@@ -62,7 +63,11 @@ def label_curves(grid: Grid, results: list[Result], dataset: str, configuration:
     axis.set_ylabel(AXIS[metric])
     axis.legend(frameon=False, fontsize=8)
     axis.grid(alpha=0.3)
-    return Picture(title=f"{AXIS[metric]} over labels, {dataset}, {configuration}", svg=to_svg(figure))
+    return Picture(
+        name=f"{metric}_over_labels_{dataset}_{configuration}.svg",
+        title=f"{AXIS[metric]} over labels, {dataset}, {configuration}",
+        svg=to_svg(figure),
+    )
 
 
 def organ_dots(grid: Grid, results: list[Result], cell: Cell, metric: str) -> Picture:
@@ -80,7 +85,11 @@ def organ_dots(grid: Grid, results: list[Result], cell: Cell, metric: str) -> Pi
     axis.set_xlabel(AXIS[metric])
     axis.legend(frameon=False, fontsize=8)
     axis.grid(alpha=0.3)
-    return Picture(title=f"{AXIS[metric]} by organ, {cell[0]}, {cell[1]}, {cell[2]} labels", svg=to_svg(figure))
+    return Picture(
+        name=f"{metric}_by_organ_{cell[0]}_{cell[1]}_{cell[2]}.svg",
+        title=f"{AXIS[metric]} by organ, {cell[0]}, {cell[1]}, {cell[2]} labels",
+        svg=to_svg(figure),
+    )
 
 
 def forest(grid: Grid, made: list[Comparison], dataset: str, configuration: str, metric: str) -> Picture:
@@ -102,7 +111,11 @@ def forest(grid: Grid, made: list[Comparison], dataset: str, configuration: str,
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlabel(f"difference in {AXIS[metric]} from {plain(names[0])}")
     axis.grid(alpha=0.3, axis="x")
-    return Picture(title=f"Paired differences, {AXIS[metric]}, {dataset}, {configuration}", svg=to_svg(figure))
+    return Picture(
+        name=f"{metric}_differences_{dataset}_{configuration}.svg",
+        title=f"Paired differences, {AXIS[metric]}, {dataset}, {configuration}",
+        svg=to_svg(figure),
+    )
 
 
 def plain(name: str) -> str:

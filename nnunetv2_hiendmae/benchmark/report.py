@@ -12,6 +12,7 @@ import io
 import json
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from nnunetv2_hiendmae.benchmark.as_run import as_run_tables
 from nnunetv2_hiendmae.benchmark.collect import METRICS, Result, collect
@@ -77,7 +78,9 @@ def report(grid: Grid, folder: Path, tolerance_mm: float) -> list[str]:
     failures = [f"{r.run.name}: {r.status.upper()}: {'; '.join(r.problems)}" for r in results if r.problems]
     provenance = provenance_of(grid, results, earlier)
     # last, so that an interrupted report leaves no trace in what counts as seen
-    write_text(folder / "report.md", markdown(grid, tables, failures, provenance))
+    write_text(folder / "report.md", markdown(grid, tables, pictures, failures, provenance))
+    for picture in pictures:
+        write_text(folder / picture.name, picture.svg.decode())
     write_text(folder / "report.html", page(grid, tables, pictures, failures, provenance))
     for table in tables:
         write_text(folder / f"{table.name}.csv", csv_text(table.header, table.rows))
@@ -153,7 +156,9 @@ def cases_csv(results: list[Result]) -> str:
     return csv_text(header, rows)
 
 
-def markdown(grid: Grid, tables: list[Table], failures: list[str], provenance: dict[str, Any]) -> str:
+def markdown(
+    grid: Grid, tables: list[Table], pictures: list[Picture], failures: list[str], provenance: dict[str, Any]
+) -> str:
     """The report for a repository or a chat."""
 
     def row(values: list[str]) -> str:
@@ -161,6 +166,7 @@ def markdown(grid: Grid, tables: list[Table], failures: list[str], provenance: d
 
     parts = [f"# Benchmark {grid.name}", "", *verdict(grid, failures), ""]
     parts += ["## What differs between the arms", "", "```", differences_text(grid), "```", ""]
+    parts += ["## Curves", "", *(f"![{p.title}]({quote(p.name)})" for p in pictures), ""]
     for table in tables:
         parts += [f"## {table.title}", "", table.note, "", row(table.header), row(["---"] * len(table.header))]
         parts += [*map(row, table.rows), ""]
