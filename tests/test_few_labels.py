@@ -29,7 +29,7 @@ def report(out: Path, grid: str = "grid.json", results: Path = KEPT / "results")
     )
 
 
-@pytest.mark.parametrize(("grid", "kept"), [("grid.json", "report")])
+@pytest.mark.parametrize(("grid", "kept"), [("grid.json", "report"), ("grid_long.json", "report_long")])
 def test_report_follows_from_the_kept_runs(grid: str, kept: str, tmp_path: Path) -> None:
     done = report(tmp_path, grid)
     assert done.returncode == 0, done.stderr
@@ -39,7 +39,7 @@ def test_report_follows_from_the_kept_runs(grid: str, kept: str, tmp_path: Path)
         assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-@pytest.mark.parametrize(("kept", "heading"), [("report", "### Result")])
+@pytest.mark.parametrize(("kept", "heading"), [("report", "### Result"), ("report_long", "### Three times as long")])
 def test_written_tables_are_those_of_the_report(kept: str, heading: str) -> None:
     """Section 4 of the experiments cannot drift from the report that it cites."""
     text = (KEPT.parent / "experiments.md").read_text(encoding="utf-8")
