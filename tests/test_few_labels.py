@@ -18,10 +18,12 @@ from nnunetv2_hiendmae.benchmark.record import count_parameters
 KEPT = Path(__file__).parents[1] / "docs" / "few_labels"
 
 
-def report(out: Path, grid: str = "grid.json", results: Path = KEPT / "results") -> subprocess.CompletedProcess[str]:
+def report(
+    out: Path, grid: str = "grid.json", kept: str = "report", results: Path = KEPT / "results"
+) -> subprocess.CompletedProcess[str]:
     """``hiendmae_benchmark report`` on the kept runs of a grid."""
     shutil.copy(KEPT / grid, out / "grid.json")
-    shutil.copy(KEPT / grid.replace("grid", "report").replace(".json", "") / "provenance.json", out)
+    shutil.copy(KEPT / kept / "provenance.json", out)
     env = os.environ | {"nnUNet_raw": str(out), "nnUNet_preprocessed": str(KEPT / "preprocessed")}
     command = [Path(sys.executable).with_name("hiendmae_benchmark"), "report", "-o", str(out)]
     return subprocess.run(
@@ -31,7 +33,7 @@ def report(out: Path, grid: str = "grid.json", results: Path = KEPT / "results")
 
 @pytest.mark.parametrize(("grid", "kept"), [("grid.json", "report"), ("grid_long.json", "report_long")])
 def test_report_follows_from_the_kept_runs(grid: str, kept: str, tmp_path: Path) -> None:
-    done = report(tmp_path, grid)
+    done = report(tmp_path, grid, kept)
     assert done.returncode == 0, done.stderr
     files = [*sorted((KEPT / kept).glob("*.csv")), KEPT / kept / "report.md"]
     assert len(files) > 7
