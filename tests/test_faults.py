@@ -318,11 +318,13 @@ def test_data_sets_in_different_states_are_told_apart(copy: World) -> None:
 # Memory
 
 
+# What is imported late must be there before memory gets tight: an import that fails says anything but that.
 LITTLE_MEMORY = """
 import resource, sys
+import nnunetv2.utilities.plans_handling.plans_handler, torch._dynamo
 import pretraining.cli as cli
 here = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (here + 2**29, here + 2**29))
+resource.setrlimit(resource.RLIMIT_AS, (here + 2**30, here + 2**30))
 cli.main()
 """
 
