@@ -63,7 +63,10 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     if not launched():
         return model
     devices = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    # Buffers are constants. The constructor's argument for it has another name since torch 2.13 and warns on every rank.
+    model.broadcast_buffers = False
+    return model
 
 
 def without_sync(model: nn.Module) -> AbstractContextManager[Any]:
