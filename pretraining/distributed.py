@@ -64,7 +64,7 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
         return model
     devices = [device.index] if device.type == "cuda" else None
     model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
-    # Buffers are constants. The constructor's argument for it has another name since torch 2.13 and warns on every rank.
+    # Buffers are constants. torch 2.13 renamed the argument for that and warns on every rank.
     model.broadcast_buffers = False
     return model
 

@@ -17,19 +17,21 @@ hiendmae_plan_and_preprocess -d 500 -spacing 5 5 5 -p HiEndMAE5mmPlans
 [ -d "$nnUNet_preprocessed"/Dataset501_OpenKBP/nnUNet5mmPlans_3d_fullres ] ||
   nnUNetv2_plan_and_preprocess -d 501 -c 3d_fullres -overwrite_target_spacing 5 5 5 -overwrite_plans_name nnUNet5mmPlans
 
-# 2. Two pre-trainings that differ in the decoder alone.
-pretrain() { # run name, decoder
+# 2. Two pre-trainings that differ in the decoder alone, and one of them for longer.
+pretrain() { # run name, decoder, steps
   local run=$nnUNet_results/Dataset500_OpenKBPUnlabelled/HiEndMAE__HiEndMAE5mmPlans__3d_fullres/$1
   [ -f "$run/checkpoint_final.pth" ] || hiendmae_pretrain -d 500 -p HiEndMAE5mmPlans -preset nano -device cpu -run "$1" \
-    -decoder "$2" --no_augmentation -steps 4000 -val_every 250 -preview_epochs 0 -num_workers 1 -log_every 50 \
+    -decoder "$2" --no_augmentation -steps "$3" -val_every 250 -preview_epochs 0 -num_workers 1 -log_every 50 \
     -num_gpus 2 $([ -f "$run/checkpoint_latest.pth" ] && echo --c)
   mkdir -p weights && cp "$run/encoder_weights.pth" "weights/$1.pth"
 }
-pretrain hi hierarchical
-pretrain mae self_attention
+pretrain hi hierarchical 4000
+pretrain mae self_attention 4000
+pretrain hi10k hierarchical 10000
 
-# 3. 4 arms × 1, 4, 16 labels × 3 label subsets, and 4 arms × 4 labels × 3 subsets for three times as long;
-#    two trainings at a time. The report names what failed or is missing.
+# 3. 4 arms × 1, 4, 16 labels × 3 label subsets; 4 arms × 4 labels × 3 subsets for three times as long; and so long,
+#    with augmentation, the longer pre-training against scratch × 1, 4 labels × 3 subsets. Two trainings at a time.
+#    The report names what failed or is missing.
 export OMP_NUM_THREADS=1
 compare() { # folder, grid
   hiendmae_benchmark plan -o "$1" -grid "$here/$2"
@@ -41,3 +43,4 @@ compare() { # folder, grid
 }
 compare few_labels grid.json
 compare few_labels_long grid_long.json
+compare few_labels_augmented grid_augmented.json
