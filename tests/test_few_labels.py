@@ -31,7 +31,13 @@ def report(
     )
 
 
-@pytest.mark.parametrize(("grid", "kept"), [("grid.json", "report"), ("grid_long.json", "report_long")])
+LONGER = [
+    pytest.param("grid_long.json", "report_long", marks=pytest.mark.slow),
+    pytest.param("grid_augmented.json", "report_augmented", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("grid", "kept"), [("grid.json", "report"), *LONGER])
 def test_report_follows_from_the_kept_runs(grid: str, kept: str, tmp_path: Path) -> None:
     done = report(tmp_path, grid, kept)
     assert done.returncode == 0, done.stderr
@@ -41,16 +47,24 @@ def test_report_follows_from_the_kept_runs(grid: str, kept: str, tmp_path: Path)
         assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-@pytest.mark.parametrize(("kept", "heading"), [("report", "### Result"), ("report_long", "### Three times as long")])
-def test_written_tables_are_those_of_the_report(kept: str, heading: str) -> None:
+@pytest.mark.parametrize(
+    ("grid", "kept", "heading"),
+    [
+        ("grid.json", "report", "### Result"),
+        ("grid_long.json", "report_long", "### Three times as long"),
+        ("grid_augmented.json", "report_augmented", "### Longer pre-training and nnU-Net's augmentation"),
+    ],
+)
+def test_written_tables_are_those_of_the_report(grid: str, kept: str, heading: str) -> None:
     """Section 4 of the experiments cannot drift from the report that it cites."""
     text = (KEPT.parent / "experiments.md").read_text(encoding="utf-8")
     section = text.split(f"\n{heading}\n")[1].split("\n### ")[0]
     written = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
     names = {"hiendmae": "Hi-End-MAE", "plain_mae": "plain MAE", "nnunet": "nnU-Net"}
+    in_grid = [arm["name"] for arm in json.loads((KEPT / grid).read_text(encoding="utf-8"))["arms"]]
     for row in csv.DictReader((KEPT / kept / "dice.csv").read_text(encoding="utf-8").splitlines()):
         organ = row["organ"].replace("_", " ")
-        arms = [row[arm] for arm in ("hiendmae", "plain_mae", "scratch", "nnunet")]
+        arms = [row[arm] for arm in in_grid]
         assert [row["labels"], organ, *arms] in written
     for row in csv.DictReader((KEPT / kept / "comparisons.csv").read_text(encoding="utf-8").splitlines()):
         if row["metric"] != "hd95":
@@ -63,7 +77,7 @@ def test_changed_and_missing_summaries_are_noticed(tmp_path: Path) -> None:
     results, out = tmp_path / "results", tmp_path / "out"
     shutil.copytree(KEPT / "results", results, ignore=shutil.ignore_patterns("*.pth", "*.txt"))
     out.mkdir()
-    first, second = sorted(results.glob("*/nnUNetTrainerHiEndMAE__*/fold_*/validation/summary.json"))[:2]
+    first, second = sorted(results.glob("*/*_few_hiendmae__*/fold_*/validation/summary.json"))[:2]
     first.write_text(first.read_text(encoding="utf-8").replace('"Dice": 0.', '"Dice": 0.9', 1), encoding="utf-8")
     second.unlink()
     done = report(out, results=results)
@@ -76,7 +90,7 @@ def test_changed_and_missing_summaries_are_noticed(tmp_path: Path) -> None:
 def test_kept_networks_are_those_of_the_plans() -> None:
     """Every kept network has the numbers that its record counted, and what nnU-Net's prediction reads."""
     files = sorted(KEPT.glob("results/*/*/fold_*/checkpoint_final.pth"))
-    assert len(files) == 18
+    assert len(files) == 24
     for file in files:
         checkpoint = torch.load(file, map_location="cpu", weights_only=False)
         count = count_parameters(checkpoint["network_weights"])
