@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The comparison of docs/experiments.md, section 4, from raw data to the report. Two CPU cores:
-# five hours or less, reckoned from its parts; it was not run in one go.
+# seven hours or less, reckoned from its parts; it was not run in one go.
 #
 #   export nnUNet_raw=... nnUNet_preprocessed=... nnUNet_results=...     with Dataset500 and Dataset501 in nnUNet_raw
 #   cd a folder to work in; bash .../docs/few_labels/run.sh
