@@ -60,7 +60,7 @@ def test_written_tables_are_those_of_the_report(grid: str, kept: str, heading: s
     text = (KEPT.parent / "experiments.md").read_text(encoding="utf-8")
     section = text.split(f"\n{heading}\n")[1].split("\n### ")[0]
     written = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
-    names = {"hiendmae": "Hi-End-MAE", "plain_mae": "plain MAE", "nnunet": "nnU-Net"}
+    names = {"plain_mae": "plain MAE", "plain_mae_10k": "plain MAE", "nnunet": "nnU-Net"}
     in_grid = [arm["name"] for arm in json.loads((KEPT / grid).read_text(encoding="utf-8"))["arms"]]
     for row in csv.DictReader((KEPT / kept / "dice.csv").read_text(encoding="utf-8").splitlines()):
         organ = row["organ"].replace("_", " ")
@@ -99,21 +99,18 @@ def test_kept_networks_are_those_of_the_plans() -> None:
 
 
 @pytest.mark.slow
-def test_kept_network_predicts(tmp_path: Path) -> None:
-    """``nnUNetv2_predict`` with a kept network and a volume of the right kind."""
+def test_other_cases(tmp_path: Path) -> None:
+    """Kept networks predict volumes of the right kind, and what has no kept network is shown as missing."""
     from pretraining.phantom import write_phantoms
 
-    write_phantoms(tmp_path, "Dataset904_One", num_training=1, num_test=1, spacing=(10.0, 10.0, 10.0))
-    images = tmp_path / "Dataset904_One" / "imagesTs"
-    env = os.environ | {"nnUNet_raw": str(tmp_path), "nnUNet_preprocessed": str(KEPT / "preprocessed")}
-    model = sorted((KEPT / "results" / "Dataset501_OpenKBP").glob("nnUNetTrainerHiEndMAE__*hiendmae*"))[0]
-    fold = sorted(model.glob("fold_*/checkpoint_final.pth"))[0].parent.name.removeprefix("fold_")
-    trainer, plans, configuration = model.name.split("__")
-    predict = Path(sys.executable).with_name("nnUNetv2_predict")
-    words = f"{predict} -i {images} -o {tmp_path / 'out'} -d 501 -c {configuration} -f {fold} -tr {trainer} -p {plans}"
-    subprocess.run(
-        [*words.split(), "-device", "cpu", "-npp", "1", "-nps", "1"],
-        env=env | {"nnUNet_results": str(KEPT / "results")},
-        check=True,
-    )
-    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 1
+    write_phantoms(tmp_path, "Dataset904_Other", num_training=2, num_test=0, spacing=(10.0, 10.0, 10.0))
+    raw = tmp_path / "Dataset904_Other"
+    grid = json.loads((KEPT / "grid.json").read_text(encoding="utf-8"))
+    (tmp_path / "grid.json").write_text(json.dumps(grid | {"labels": [1], "seeds": [0]}), encoding="utf-8")
+    words = [KEPT / "other_cases.py", tmp_path / "grid.json", raw / "imagesTr", raw / "labelsTr", tmp_path / "work"]
+    env = os.environ | {"nnUNet_preprocessed": str(KEPT / "preprocessed"), "nnUNet_results": str(KEPT / "results")}
+    done = subprocess.run([sys.executable, *words], env=env, capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "work").rglob("*.nii.gz"))) == 2 * 3
+    (mean,) = [line.split(" | ") for line in done.stdout.split("\n\n")[0].splitlines() if " | mean | " in line]
+    assert [cell.startswith("missing") for cell in mean[2:]] == [False, False, False, True], mean

@@ -20,7 +20,7 @@ from nnunetv2_hiendmae.folders import preprocessed_folder, results_folder
 
 # grid, arm, labels
 KEEP_NETWORKS = [("few", arm, n) for arm in ("hiendmae", "plain_mae", "scratch") for n in (1, 4)]
-KEEP_NETWORKS += [("aug", arm, n) for arm in ("hiendmae_10k", "scratch") for n in (1, 4)]
+KEEP_NETWORKS += [("aug", arm, n) for arm in ("hiendmae_10k", "plain_mae_10k", "scratch") for n in (1, 4)]
 WANTED = ("trainer_name", "init_args", "inference_allowed_mirroring_axes")
 
 

@@ -17,7 +17,7 @@ hiendmae_plan_and_preprocess -d 500 -spacing 5 5 5 -p HiEndMAE5mmPlans
 [ -d "$nnUNet_preprocessed"/Dataset501_OpenKBP/nnUNet5mmPlans_3d_fullres ] ||
   nnUNetv2_plan_and_preprocess -d 501 -c 3d_fullres -overwrite_target_spacing 5 5 5 -overwrite_plans_name nnUNet5mmPlans
 
-# 2. Two pre-trainings that differ in the decoder alone, and one of them for longer.
+# 2. Two pre-trainings that differ in the decoder alone, and both for longer.
 pretrain() { # run name, decoder, steps
   local run=$nnUNet_results/Dataset500_OpenKBPUnlabelled/HiEndMAE__HiEndMAE5mmPlans__3d_fullres/$1
   [ -f "$run/checkpoint_final.pth" ] || hiendmae_pretrain -d 500 -p HiEndMAE5mmPlans -preset nano -device cpu -run "$1" \
@@ -28,6 +28,7 @@ pretrain() { # run name, decoder, steps
 pretrain hi hierarchical 4000
 pretrain mae self_attention 4000
 pretrain hi10k hierarchical 10000
+pretrain mae10k self_attention 10000
 
 # 3. 4 arms × 1, 4, 16 labels × 3 label subsets; 4 arms × 4 labels × 3 subsets for three times as long; and so long,
 #    with augmentation, the longer pre-training against scratch × 1, 4 labels × 3 subsets. Two trainings at a time.

@@ -1,0 +1,75 @@
+"""The kept networks of a grid on cases that the benchmark never saw.
+
+    nnUNet_preprocessed=preprocessed nnUNet_results=results python other_cases.py grid.json IMAGES LABELS WORK
+
+Predicts the cases in IMAGES (names as nnU-Net wants them, ``case_0000.nii.gz``) with every kept network of the grid and
+prints Dice, surface Dice, HD95 and the paired differences by the rules of ``hiendmae_benchmark report``. LABELS has the
+references, ``case.nii.gz``, WORK gets the predictions; started again, it goes on where it was. A network that is not
+kept counts as missing.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from nnunetv2_hiendmae.benchmark.arms import fold_folder, plans_name
+from nnunetv2_hiendmae.benchmark.collect import METRICS, Result, Score
+from nnunetv2_hiendmae.benchmark.grid import Grid, Run, read_grid
+from nnunetv2_hiendmae.benchmark.record import FINAL
+from nnunetv2_hiendmae.benchmark.surface import surface_scores
+from nnunetv2_hiendmae.benchmark.tables import Table, comparison_table, comparisons, metric_table
+from nnunetv2_hiendmae.folders import read_json, results_folder
+
+TOLERANCE_MM = 2.0  # as hiendmae_benchmark report
+
+
+def scored(grid: Grid, run: Run, images: Path, references: Path, work: Path) -> Result:
+    """Predict and score the cases with the network of one run."""
+    kept = fold_folder(grid, run)
+    folder = work / kept.relative_to(results_folder())
+    result = Result(run=run, folder=folder, train_cases=0)
+    if not (kept / FINAL).is_file():
+        result.status = "missing"
+        return result
+    dataset = read_json(kept.parent / "dataset.json")
+    names = {str(tuple(v) if isinstance(v, list) else v): name for name, v in dataset["labels"].items()}
+    organs = {key: name for key, name in names.items() if name not in ("background", "ignore")}
+    cases = sorted(
+        file.name.removesuffix(dataset["file_ending"]) for file in references.glob("*" + dataset["file_ending"])
+    )
+    out = folder / "validation"  # where the surface metrics look for predictions
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("dataset.json", "plans.json"):
+        shutil.copy(kept.parent / name, folder.parent)
+    if not all((out / f"{case}{dataset['file_ending']}").is_file() for case in cases):
+        fold = kept.name.removeprefix("fold_")
+        words = (
+            f"-d {run.dataset} -c {run.configuration} -f {fold} -tr {run.arm.trainer} -p {plans_name(grid, run.arm)}"
+        )
+        command = [Path(sys.executable).with_name("nnUNetv2_predict"), "-i", images, "-o", out, *words.split()]
+        options = f"--continue_prediction --disable_progress_bar -npp 1 -nps 1 -device {grid.device}"
+        subprocess.run([*command, *options.split()], check=True, stdout=sys.stderr)
+    for case, scores in surface_scores(folder, cases, list(organs), references, TOLERANCE_MM).items():
+        result.scores += [Score(case=case, organ=organs[key], **values) for key, values in scores.items()]
+    return result
+
+
+def printed(table: Table) -> str:
+    """A table of the report, without the columns that are the same for all."""
+    rows = [table.header, *table.rows]
+    return f"{table.title}\n" + "\n".join(" | ".join(row[2:]) for row in rows) + "\n"
+
+
+def main(grid_file: Path, images: Path, references: Path, work: Path) -> None:
+    grid = read_grid(grid_file)
+    results = [scored(grid, run, images, references, work) for run in grid.runs()]
+    for metric in METRICS:
+        print(printed(metric_table(grid, results, metric, TOLERANCE_MM)))
+    print(printed(comparison_table(grid, comparisons(grid, results))))
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
