@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The comparison of docs/experiments.md, section 4, from raw data to the report. Two CPU cores:
-# seven hours or less, reckoned from its parts; it was not run in one go.
+# nine hours or less, reckoned from its parts; it was not run in one go.
 #
 #   export nnUNet_raw=... nnUNet_preprocessed=... nnUNet_results=...     with Dataset500 and Dataset501 in nnUNet_raw
 #   cd a folder to work in; bash .../docs/few_labels/run.sh
@@ -31,8 +31,8 @@ pretrain hi10k hierarchical 10000
 pretrain mae10k self_attention 10000
 
 # 3. 4 arms × 1, 4, 16 labels × 3 label subsets; 4 arms × 4 labels × 3 subsets for three times as long; and so long,
-#    with augmentation, the longer pre-training against scratch × 1, 4 labels × 3 subsets. Two trainings at a time.
-#    The report names what failed or is missing.
+#    with augmentation and the longer pre-trainings, 4 arms × 1, 4 labels × 3 subsets. Two trainings at a time.
+#    The reports name what failed or is missing.
 export OMP_NUM_THREADS=1
 compare() { # folder, grid
   hiendmae_benchmark plan -o "$1" -grid "$here/$2"
