@@ -73,6 +73,20 @@ def test_written_tables_are_those_of_the_report(grid: str, kept: str, heading: s
             assert [row["labels"], row["metric"], arm, *numbers] in written
 
 
+def test_written_other_cases_are_those_that_were_printed() -> None:
+    text = (KEPT.parent / "experiments.md").read_text(encoding="utf-8")
+    section = text.split("\n### Other cases\n")[1].split("\n### ")[0]
+    printed = (KEPT / "report_augmented" / "other_cases.txt").read_text(encoding="utf-8").split("\n\n")
+    means = [line.split(" | ") for line in printed[0].splitlines() if " | mean | " in line]
+    differences = [line.split(" | ")[4:6] for line in printed[3].splitlines() if " | dice | " in line]
+    assert len(means) == 2 and len(differences) == 4
+    for row, (labels, _, *cells) in enumerate(means):
+        for difference, interval in differences[2 * row : 2 * row + 2]:
+            low, high = (float(v) for v in interval.split(" … "))
+            cells.append(f"{-float(difference):.3f} ({-high:.3f} to {-low:.3f})")  # Hi-End-MAE minus the other
+        assert f"| {labels} | {' | '.join(cells)} |" in section
+
+
 def test_changed_and_missing_summaries_are_noticed(tmp_path: Path) -> None:
     results, out = tmp_path / "results", tmp_path / "out"
     shutil.copytree(KEPT / "results", results, ignore=shutil.ignore_patterns("*.pth", "*.txt"))

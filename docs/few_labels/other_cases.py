@@ -35,23 +35,19 @@ def scored(grid: Grid, run: Run, images: Path, references: Path, work: Path) -> 
         result.status = "missing"
         return result
     dataset = read_json(kept.parent / "dataset.json")
-    names = {str(tuple(v) if isinstance(v, list) else v): name for name, v in dataset["labels"].items()}
-    organs = {key: name for key, name in names.items() if name not in ("background", "ignore")}
-    cases = sorted(
-        file.name.removesuffix(dataset["file_ending"]) for file in references.glob("*" + dataset["file_ending"])
-    )
+    organs = {str(label): name for name, label in dataset["labels"].items() if label}
+    ending = dataset["file_ending"]
+    cases = sorted(file.name.removesuffix(ending) for file in references.glob(f"*{ending}"))
     out = folder / "validation"  # where the surface metrics look for predictions
     out.mkdir(parents=True, exist_ok=True)
     for name in ("dataset.json", "plans.json"):
         shutil.copy(kept.parent / name, folder.parent)
-    if not all((out / f"{case}{dataset['file_ending']}").is_file() for case in cases):
-        fold = kept.name.removeprefix("fold_")
-        words = (
-            f"-d {run.dataset} -c {run.configuration} -f {fold} -tr {run.arm.trainer} -p {plans_name(grid, run.arm)}"
-        )
-        command = [Path(sys.executable).with_name("nnUNetv2_predict"), "-i", images, "-o", out, *words.split()]
-        options = f"--continue_prediction --disable_progress_bar -npp 1 -nps 1 -device {grid.device}"
-        subprocess.run([*command, *options.split()], check=True, stdout=sys.stderr)
+    if not all((out / f"{case}{ending}").is_file() for case in cases):
+        model = ["-d", run.dataset, "-c", run.configuration, "-tr", run.arm.trainer, "-p", plans_name(grid, run.arm)]
+        options = ["-f", kept.name.removeprefix("fold_"), "-device", grid.device, "-npp", "1", "-nps", "1"]
+        predict = Path(sys.executable).with_name("nnUNetv2_predict")
+        command = [predict, "-i", images, "-o", out, *model, *options, "--continue_prediction"]
+        subprocess.run(command, check=True, stdout=sys.stderr)
     for case, scores in surface_scores(folder, cases, list(organs), references, TOLERANCE_MM).items():
         result.scores += [Score(case=case, organ=organs[key], **values) for key, values in scores.items()]
     return result
