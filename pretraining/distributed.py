@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -17,6 +16,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from pretraining.processes import when_the_parent_ends
 
 TIMEOUT = timedelta(minutes=float(os.environ.get("HIENDMAE_TIMEOUT_MINUTES", "15")))
 """How long a rank waits for the others before it gives up; a validation or a checkpoint must fit."""
@@ -128,13 +129,6 @@ def run_rank(rank: int, world_size: int, port: int, function: Callable[..., None
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    threading.Thread(target=follow_the_launcher, daemon=True).start()
+    # If the launcher is killed, its ranks write a checkpoint and end instead of training on unseen.
+    when_the_parent_ends(lambda: os.kill(os.getpid(), signal.SIGTERM))
     function(*args)
-
-
-def follow_the_launcher() -> None:
-    """If the launcher is killed, its ranks write a checkpoint and end instead of training on unseen."""
-    launcher = mp.parent_process()
-    assert launcher is not None
-    launcher.join()
-    os.kill(os.getpid(), signal.SIGTERM)

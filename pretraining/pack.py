@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from pretraining.packed import (
     shard_file,
 )
 from pretraining.preprocessed import PreprocessedCorpus
+from pretraining.processes import process_pool
 
 CASES_PER_SHARD = 64
 PLAN = "pack.json"
@@ -41,7 +42,7 @@ def pack(corpus: PreprocessedCorpus, folder: Path, bits: int, processes: int) ->
     begin_or_continue(corpus, folder, bits)
     shards = [range(i, min(i + CASES_PER_SHARD, len(corpus))) for i in range(0, len(corpus), CASES_PER_SHARD)]
     done, failures = 0, []
-    with ProcessPoolExecutor(processes) as pool:
+    with process_pool(processes) as pool:
         jobs = {pool.submit(pack_shard, corpus.subset(c), folder, bits, i): c for i, c in enumerate(shards)}
         try:
             for job in as_completed(jobs):

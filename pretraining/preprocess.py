@@ -10,12 +10,11 @@ import errno
 import os
 import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from nnunetv2_hiendmae.folders import raw_folder, read_json, read_plans
 from nnunetv2_hiendmae.planner import HiEndMAEPlanner
 from pretraining.ingest.quality import content_hash
 from pretraining.ingest.read import Refused, check_nifti
+from pretraining.processes import process_pool
 from pretraining.provenance import record_case
 
 CONFIGURATION = "3d_fullres"
@@ -271,7 +271,7 @@ def in_processes(
     Raises:
         OSError: a process was killed, or the disk is full.
     """
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with process_pool(processes) as pool:
         futures = {pool.submit(attempt, function, arguments): name for name, arguments in tasks.items()}
         try:
             for future in as_completed(futures):

@@ -21,6 +21,7 @@ from pretraining.augmentation import Augmentation, orient_crops, rotation_plane
 from pretraining.config import RunConfig
 from pretraining.corpus import Corpus, choose_start
 from pretraining.masking import random_shuffle
+from pretraining.processes import end_with_the_parent
 
 # What a generator is for; keeps streams apart that share a seed.
 ORDER, CROP, HELD_OUT, SPLIT = range(4)
@@ -143,16 +144,21 @@ def train_loader(stream: CropStream, sampler: MicroBatches, num_workers: int, pi
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
-        worker_init_fn=leave_signals_to_the_trainer,
+        worker_init_fn=follow_the_trainer,
     )
 
 
-def leave_signals_to_the_trainer(_: int) -> None:
-    """A terminal's Ctrl-C and a scheduler's signals reach the workers too; the trainer finishes its step and stops."""
+def follow_the_trainer(_: int) -> None:
+    """A loader process ends when its trainer does, not by the signals that reach both.
+
+    A terminal's Ctrl-C and a scheduler's signals go to all processes; the trainer finishes its step and stops.
+    """
     for name in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
     # A trainer that crashes ends its workers by this signal as well, and waits until they are gone.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_S))
+    # torch's own watch begins too late to see a trainer that ended while this process was being started.
+    end_with_the_parent()
 
 
 def held_out_batches(stream: CropStream, num_crops: int, batch_size: int) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 
 import SimpleITK as sitk
@@ -22,6 +21,7 @@ from pretraining.ingest.find import Source, find_sources
 from pretraining.ingest.quality import Gate, check_voxels, content_hash
 from pretraining.ingest.read import Refused, read
 from pretraining.ingest.report import THUMBNAILS, Report, Row, save_thumbnail
+from pretraining.processes import process_pool
 
 ENDING = ".nii.gz"
 IN_FLIGHT = 8
@@ -67,7 +67,7 @@ def ingest(
         for source in find_sources(heap)
         if not settled(report.rows.get(source.name), source, folder)
     )
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with process_pool(processes) as pool:
         try:
             for task, row in run_tasks(pool, todo, processes):
                 row = accept(row, task, folder, hashes)
