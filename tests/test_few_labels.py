@@ -73,6 +73,22 @@ def test_written_tables_are_those_of_the_report(grid: str, kept: str, heading: s
             assert [row["labels"], row["metric"], arm, *numbers] in written
 
 
+def test_the_short_table_is_that_of_the_reports() -> None:
+    text = (KEPT.parent / "experiments.md").read_text(encoding="utf-8")
+    table = text.split("\nIn short ")[1].split("\n### ")[0]
+    written = [line.strip("| ").split(" | ")[-5:] for line in table.splitlines() if line.startswith("|")][2:]
+    rows = [
+        row
+        for kept in ("report", "report_long", "report_augmented")
+        for row in csv.DictReader((KEPT / kept / "dice.csv").read_text(encoding="utf-8").splitlines())
+        if row["organ"] == "mean"
+    ]
+    assert len(written) == len(rows) > 5
+    for line, row in zip(written, rows, strict=True):
+        means = [cell.split(" (")[0] for cell in list(row.values())[4:]]
+        assert [line[0], *(cell.split(" (")[0] for cell in line[1:])] == [row["labels"], *means]
+
+
 def test_written_other_cases_are_those_that_were_printed() -> None:
     text = (KEPT.parent / "experiments.md").read_text(encoding="utf-8")
     section = text.split("\n### Other cases\n")[1].split("\n### ")[0]
@@ -128,3 +144,39 @@ def test_other_cases(tmp_path: Path) -> None:
     assert len(list((tmp_path / "work").rglob("*.nii.gz"))) == 2 * 3
     (mean,) = [line.split(" | ") for line in done.stdout.split("\n\n")[0].splitlines() if " | mean | " in line]
     assert [cell.startswith("missing") for cell in mean[2:]] == [False, False, False, True], mean
+
+
+@pytest.mark.slow
+def test_the_script_runs_from_raw_data_to_the_reports(tmp_path: Path) -> None:
+    """run.sh itself on phantoms, with fewer steps, epochs, labels and label subsets."""
+    from pretraining.phantom import write_phantoms
+
+    here, raw, work = (tmp_path / name for name in ("few_labels", "raw", "work"))
+    for folder in (here, work):
+        folder.mkdir()
+    write_phantoms(raw, "Dataset500_OpenKBPUnlabelled", num_training=3, num_test=0, spacing=(6.0, 6.0, 6.0))
+    write_phantoms(raw, "Dataset501_OpenKBP", num_training=10, num_test=0, spacing=(6.0, 6.0, 6.0))
+    script = (KEPT / "run.sh").read_text(encoding="utf-8")
+    for steps in ("4000", "10000"):
+        assert script.count(f" {steps}\n") == 2
+        script = script.replace(f" {steps}\n", " 2\n")
+    (here / "run.sh").write_text(script, encoding="utf-8")
+    small = {"labels": [1], "seeds": [0], "num_epochs": 1, "num_iterations_per_epoch": 2}
+    for file in KEPT.glob("grid*.json"):
+        grid = json.loads(file.read_text(encoding="utf-8"))
+        (here / file.name).write_text(json.dumps(grid | small), encoding="utf-8")
+
+    env = os.environ | {f"nnUNet_{kind}": str(tmp_path / kind) for kind in ("raw", "preprocessed", "results")}
+    env |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    for name in ("nnUNet_n_proc_DA", "nnUNet_def_n_proc", "OMP_NUM_THREADS"):
+        env.pop(name, None)
+    done = subprocess.run(
+        ["bash", here / "run.sh"], cwd=work, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        encoding="utf-8", check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    reports = sorted(work.glob("few_labels*/runs.csv"))
+    assert len(reports) == 3
+    for file in reports:
+        rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+        assert [row["status"] for row in rows] == ["finished"] * 4

@@ -7,7 +7,6 @@ are kept in half precision; ``nnUNetv2_predict`` takes them.
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from nnunetv2_hiendmae.benchmark.arms import fold_folder, plans_file
 from nnunetv2_hiendmae.benchmark.grid import read_grid
 from nnunetv2_hiendmae.benchmark.record import FINAL, SUMMARY
 from nnunetv2_hiendmae.benchmark.run import state_of
+from nnunetv2_hiendmae.command import CommandParser
 from nnunetv2_hiendmae.folders import preprocessed_folder, results_folder
 
 # grid, arm, labels
@@ -35,7 +35,7 @@ def slim_checkpoint(source: Path, target: Path) -> None:
     torch.save({**{k: checkpoint[k] for k in WANTED}, "network_weights": network}, target)
 
 
-def main(benchmark: Path, target: Path) -> None:
+def archive(benchmark: Path, target: Path) -> None:
     grid = read_grid(benchmark / "grid.json")
     for run in grid.runs():
         source = fold_folder(grid, run)
@@ -58,4 +58,11 @@ def main(benchmark: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    p = CommandParser(description=__doc__)
+    for name in ("benchmark_folder", "target"):
+        p.add_argument(name, type=Path)
+    args = p.parse_args()
+    try:
+        archive(args.benchmark_folder, args.target)
+    except ValueError as error:
+        p.error(str(error))

@@ -9,7 +9,6 @@ numbers hardly depend on chance. Needs the preprocessed data of ``run.sh``.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch.nn.functional import avg_pool3d
 
+from nnunetv2_hiendmae.command import CommandParser
 from nnunetv2_hiendmae.folders import preprocessed_folder, read_json, read_plans
 from nnunetv2_hiendmae.trainer import nnUNetTrainerHiEndMAE, nnUNetTrainerHiEndMAE_scratch
 
@@ -70,6 +70,9 @@ def probe(train: np.ndarray, shares: np.ndarray, test: np.ndarray, truth: np.nda
 
 
 def main() -> None:
+    p = CommandParser(description=__doc__)
+    p.add_argument("weights", nargs="*", help="weights files; random weights are probed in any case")
+    args = p.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     random = trainer_with(None)
@@ -78,7 +81,7 @@ def main() -> None:
     train = [next(random.dataloader_train) for _ in range(TRAIN_BATCHES)]
     test = [next(random.dataloader_val) for _ in range(TEST_BATCHES)]
     lines = []
-    for weights in (None, *sys.argv[1:]):
+    for weights in (None, *args.weights):
         trainer = trainer_with(weights) if weights else random
         (a, shares), (b, truth) = (layers_and_shares(trainer, x, len(labels.foreground_labels)) for x in (train, test))
         names = [*(f"block {i + 1}" for i in trainer.network.vit.config.taps), "final", "all four"]

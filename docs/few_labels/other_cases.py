@@ -21,6 +21,7 @@ from nnunetv2_hiendmae.benchmark.grid import Grid, Run, read_grid
 from nnunetv2_hiendmae.benchmark.record import FINAL
 from nnunetv2_hiendmae.benchmark.surface import surface_scores
 from nnunetv2_hiendmae.benchmark.tables import Table, comparison_table, comparisons, metric_table
+from nnunetv2_hiendmae.command import CommandParser
 from nnunetv2_hiendmae.folders import read_json, results_folder
 
 TOLERANCE_MM = 2.0  # as hiendmae_benchmark report
@@ -38,6 +39,9 @@ def scored(grid: Grid, run: Run, images: Path, references: Path, work: Path) -> 
     organs = {str(label): name for name, label in dataset["labels"].items() if label}
     ending = dataset["file_ending"]
     cases = sorted(file.name.removesuffix(ending) for file in references.glob(f"*{ending}"))
+    without = [case for case in cases if not (images / f"{case}_0000{ending}").is_file()]
+    if not cases or without:
+        raise ValueError(f"{images} has no image of {without[0]}" if cases else f"{references} has no *{ending}")
     out = folder / "validation"  # where the surface metrics look for predictions
     out.mkdir(parents=True, exist_ok=True)
     for name in ("dataset.json", "plans.json"):
@@ -59,13 +63,20 @@ def printed(table: Table) -> str:
     return f"{table.title}\n" + "\n".join(" | ".join(row[2:]) for row in rows) + "\n"
 
 
-def main(grid_file: Path, images: Path, references: Path, work: Path) -> None:
-    grid = read_grid(grid_file)
-    results = [scored(grid, run, images, references, work) for run in grid.runs()]
+def main() -> None:
+    p = CommandParser(description=__doc__)
+    for name in ("grid", "images", "labels", "work"):
+        p.add_argument(name, type=Path)
+    args = p.parse_args()
+    try:
+        grid = read_grid(args.grid)
+        results = [scored(grid, run, args.images, args.labels, args.work) for run in grid.runs()]
+    except ValueError as error:
+        p.error(str(error))
     for metric in METRICS:
         print(printed(metric_table(grid, results, metric, TOLERANCE_MM)))
     print(printed(comparison_table(grid, comparisons(grid, results))))
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main()

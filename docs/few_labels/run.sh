@@ -8,7 +8,7 @@
 # Stopped, it goes on where it was when started again.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-export OMP_WAIT_POLICY=PASSIVE nnUNet_n_proc_DA=0 nnUNet_def_n_proc=1 # two processes share two cores
+export OMP_WAIT_POLICY=PASSIVE # two processes share two cores
 # glibc keeps what was freed instead of giving it back to the system and asking anew in every step
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
 
@@ -33,7 +33,7 @@ pretrain mae10k self_attention 10000
 # 3. 4 arms × 1, 4, 16 labels × 3 label subsets; 4 arms × 4 labels × 3 subsets for three times as long; and so long,
 #    with augmentation and the longer pre-trainings, 4 arms × 1, 4 labels × 3 subsets. Two trainings at a time.
 #    The reports name what failed or is missing.
-export OMP_NUM_THREADS=1
+export OMP_NUM_THREADS=1 nnUNet_def_n_proc=1 nnUNet_n_proc_DA=0 # only from here on: nnU-Net's planning refuses 0
 compare() { # folder, grid
   hiendmae_benchmark plan -o "$1" -grid "$here/$2"
   for part in 0 1; do
