@@ -9,18 +9,18 @@ import multiprocessing
 import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import traceback
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from filelock import FileLock, Timeout
 
 from nnunetv2_hiendmae.command import CommandParser, check_count
 from nnunetv2_hiendmae.folders import dataset_names
 from nnunetv2_hiendmae.intensity import DEFAULT_WINDOW
+from nnunetv2_hiendmae.lock import alone_in
 from pretraining import distributed
 from pretraining.checkpoint import FINAL, LATEST, OLDER, run_folder
 from pretraining.config import DECODERS, PACKED, PRECISIONS, PRESETS, RunConfig, Runtime
@@ -37,7 +37,6 @@ EXAMPLES = """Examples:
   hiendmae_pretrain -packed HiEndMAE_packed_500 -num_gpus 4 -batch_size 768     the published batch
   hiendmae_pretrain -d 500 --c                                 continue after an interruption
 """
-LOCK = ".lock"
 LESS_MEMORY = "Use -accumulate or --activation_checkpointing, or lower -batch_size."
 
 
@@ -185,7 +184,7 @@ def default_precision(device: str) -> str:
     """bf16 where the GPU computes with it, fp16 on older ones, fp32 elsewhere."""
     if device != "cuda":
         return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def open_run(folder: Path, resume: bool) -> None:
@@ -196,25 +195,6 @@ def open_run(folder: Path, resume: bool) -> None:
     if exists and not resume:
         raise ValueError(f"{folder} holds a run already. Continue it with --c, or choose another name with -run.")
     folder.mkdir(parents=True, exist_ok=True)
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a run's folder while this one is at work. ``ValueError`` if one is in it."""
-    if distributed.rank():  # the first one of a group holds the lock
-        yield
-        return
-    lock = FileLock(folder / LOCK, timeout=0)  # given back by the system, however the process ends
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(f"Another process is at work in {folder}. Wait for its end, or choose another -run.") from None
-    except NotImplementedError:  # a file system without locks must not keep anybody from training
-        print(f"WARNING: {folder} cannot be locked; do not start the same run twice.")
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def pick_device(name: str, ranks_here: int) -> torch.device:
@@ -235,6 +215,7 @@ def prepare(args: argparse.Namespace) -> Job:
     ranks_here = max(distributed.local_world_size(), args.num_gpus)
     if args.num_gpus < 1 or (distributed.launched() and args.num_gpus > 1):
         raise ValueError(f"-num_gpus {args.num_gpus}: must be at least 1, and 1 under torchrun, which sets the number.")
+    distributed.timeout()
     pick_device(args.device, ranks_here)
     corpus, source = find_corpus(args)
     preset = PRESETS[args.preset]
@@ -278,7 +259,10 @@ def work(job: Job) -> None:
         device = pick_device(job.runtime.device, distributed.local_world_size())
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        with alone_in(job.folder), distributed.process_group(device.type):
+        alone = (
+            nullcontext() if distributed.rank() else alone_in(job.folder, "Wait for its end, or choose another -run.")
+        )
+        with alone, distributed.process_group(device.type):  # the first rank of a group holds the lock
             if distributed.rank() == 0 and not job.resume:
                 (job.folder / "config.json").write_text(json.dumps(job.config.to_dict(), indent=2))
             corpus = open_corpus(job.config, job.packed)
@@ -291,13 +275,16 @@ def work(job: Job) -> None:
         code, message = 1 if of_a_loader else 2, f"error: {one_line(error)}"
     except FloatingPointError as error:
         code, message = 1, str(error)
-    except (OSError, RuntimeError, MemoryError) as error:
-        reason = "A loader process was lost." if isinstance(error, ConnectionError) else one_line(error)
+    except (OSError, EOFError, RuntimeError, MemoryError) as error:
+        reason = "A loader process was lost." if isinstance(error, (ConnectionError, EOFError)) else one_line(error)
         code, message = 1, f"error: {reason} Continue from the last checkpoint with --c."
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):  # CUDA, CPU
             message = f"error: the memory of {job.runtime.device} is full. {LESS_MEMORY}"
     except KeyboardInterrupt:
         code, message = 130, "interrupted; --c continues from the last checkpoint"
+    except Exception:  # a fault of this program
+        traceback.print_exc()
+        code, message = 1, "error: this should not have happened; --c continues from the last checkpoint"
     leave(code, message)
 
 
@@ -320,6 +307,8 @@ def main() -> None:
     args = parser().parse_args()
     try:
         job = prepare(args)
+    except KeyboardInterrupt:
+        leave(130, "interrupted before the first step")
     except (ValueError, OSError) as error:
         if distributed.rank():  # every rank makes the same mistake; the first tells it
             os._exit(2)

@@ -19,8 +19,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pretraining.processes import when_the_parent_ends
 
-TIMEOUT = timedelta(minutes=float(os.environ.get("HIENDMAE_TIMEOUT_MINUTES", "15")))
-"""How long a rank waits for the others before it gives up; a validation or a checkpoint must fit."""
+
+def timeout() -> timedelta:
+    """How long a rank waits for the others before it gives up; a validation or a checkpoint must fit.
+
+    ``ValueError`` if ``HIENDMAE_TIMEOUT_MINUTES`` is no positive number.
+    """
+    minutes = os.environ.get("HIENDMAE_TIMEOUT_MINUTES", "15")
+    try:
+        if float(minutes) > 0:
+            return timedelta(minutes=float(minutes))
+    except (ValueError, OverflowError):
+        pass
+    raise ValueError(f"The environment variable HIENDMAE_TIMEOUT_MINUTES is '{minutes}'; it must be a number above 0.")
 
 
 def launched() -> bool:
@@ -52,11 +63,10 @@ def process_group(device_type: str) -> Iterator[None]:
     if not launched():
         yield
         return
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=TIMEOUT)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timeout())
+    yield
+    # Not after a failure: NCCL would wait here for ranks that wait for this one. The process ends then anyhow.
+    dist.destroy_process_group()
 
 
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:

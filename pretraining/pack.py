@@ -6,6 +6,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +38,23 @@ def pack(corpus: PreprocessedCorpus, folder: Path, bits: int, processes: int) ->
 
     Raises:
         ValueError: the folder was begun with other cases or settings; names what differs.
+        OSError: a process was killed, or the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
     begin_or_continue(corpus, folder, bits)
     shards = [range(i, min(i + CASES_PER_SHARD, len(corpus))) for i in range(0, len(corpus), CASES_PER_SHARD)]
+    if not all(is_packed(folder, i) for i in range(len(shards))):
+        (folder / INDEX).unlink(missing_ok=True)  # it would point into shards that are written anew
     done, failures = 0, []
     with process_pool(processes) as pool:
-        jobs = {pool.submit(pack_shard, corpus.subset(c), folder, bits, i): c for i, c in enumerate(shards)}
         try:
+            jobs = {pool.submit(pack_shard, corpus.subset(c), folder, bits, i): c for i, c in enumerate(shards)}
             for job in as_completed(jobs):
                 failures += job.result()
                 done += len(jobs[job])
                 yield done, failures
+        except BrokenProcessPool:
+            raise OSError("a process was killed (out of memory?); lower -np") from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -79,8 +85,7 @@ def begin_or_continue(corpus: PreprocessedCorpus, folder: Path, bits: int) -> No
 
 def pack_shard(corpus: PreprocessedCorpus, folder: Path, bits: int, shard: int) -> list[str]:
     """Write one shard; its entries file appears last and marks it finished. Returns a line for each bad case."""
-    entries_file = shard_file(folder, shard, "entries.json")
-    if entries_file.is_file() and not json.loads(entries_file.read_text(encoding="utf-8"))["failures"]:
+    if is_packed(folder, shard):
         return []
     entries: list[dict[str, Any]] = []
     failures, body = [], [np.empty((0, 3), np.int16)]
@@ -101,9 +106,15 @@ def pack_shard(corpus: PreprocessedCorpus, folder: Path, bits: int, shard: int) 
             voxel_start, body_start = voxel_start + voxels.size, body_start + len(cells)
     with atomic_file(shard_file(folder, shard, "body.npy")) as stream:
         np.save(stream, np.concatenate(body))
-    with atomic_file(entries_file) as stream:
+    with atomic_file(shard_file(folder, shard, "entries.json")) as stream:
         stream.write(json.dumps({"entries": entries, "failures": failures}).encode())
     return failures
+
+
+def is_packed(folder: Path, shard: int) -> bool:
+    """Whether a shard is there with all of its cases."""
+    file = shard_file(folder, shard, "entries.json")
+    return file.is_file() and not json.loads(file.read_text(encoding="utf-8"))["failures"]
 
 
 def describe(

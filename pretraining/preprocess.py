@@ -171,10 +171,12 @@ def make_plans(raw: RawDataSet, plans_file: Path, spacing: Spacing, processes: i
         plans_name=plans_file.stem,
         overwrite_target_spacing=None if wanted is None else tuple(float(mm) for mm in wanted),
     )
-    with redirect_stdout(StringIO()):  # nnU-Net prints whole plans
-        planner.plan_experiment()
-    if borrowed and raw.is_labelled:
-        nnunets.unlink()  # nnU-Net must make its own, of intensities in the foreground
+    try:
+        with redirect_stdout(StringIO()):  # nnU-Net prints whole plans
+            planner.plan_experiment()
+    finally:
+        if borrowed and raw.is_labelled:
+            nnunets.unlink()  # nnU-Net must make its own, of intensities in the foreground
     return failures
 
 
@@ -210,14 +212,13 @@ def preprocess(raw: RawDataSet, plans_file: Path, processes: int, part: tuple[in
     (folder / UNFINISHED).mkdir(parents=True, exist_ok=True)
     part_id, num_parts = part
     mine = list(raw.images)[part_id::num_parts]
-    settings = plans.plans, raw.description, str(folder)
+    settings = plans.plans, raw.description, str(folder), part_id
     todo = {case: (case, raw.images[case], *settings) for case in mine if not is_done(folder, case)}
     yield from (case for case in mine if case not in todo)
     for case, result in in_processes(preprocess_case, todo, processes):
         if isinstance(result, str):
             yield Failure(case, raw.images[case][0], result)
         else:
-            record_case(plans_file.parent, part_id, result)
             yield case
 
 
@@ -239,9 +240,9 @@ def is_done(folder: Path, case: str) -> bool:
 
 
 def preprocess_case(
-    case: str, files: list[str], plans: dict[str, Any], description: dict[str, Any], folder: str
-) -> dict[str, Any]:
-    """nnU-Net's preprocessing of one case without a label; returns what provenance keeps of it."""
+    case: str, files: list[str], plans: dict[str, Any], description: dict[str, Any], folder: str, part_id: int
+) -> None:
+    """nnU-Net's preprocessing of one case without a label; it is recorded before it counts as done."""
     manager = PlansManager(plans)
     configuration = manager.get_configuration(CONFIGURATION)
     preprocessor = configuration.preprocessor_class(verbose=False)
@@ -258,9 +259,10 @@ def preprocess_case(
         Path(f"{unfinished}{end}").unlink(missing_ok=True)
     preprocessor.run_case = lambda *_: (data, seg, properties)
     preprocessor.run_case_save(str(unfinished), files, None, manager, configuration, description)
+    spacing = [float(s) for s in properties["spacing"]]
+    record_case(Path(folder).parent, part_id, {"case": case, "sha256": digest, "spacing": spacing})
     for end in ("_seg.b2nd", ".pkl", ".b2nd"):  # the volume last: its name is what makes a case count
         os.replace(f"{unfinished}{end}", f"{target}{end}")
-    return {"case": case, "sha256": digest, "spacing": [float(s) for s in properties["spacing"]]}
 
 
 def in_processes(
@@ -272,8 +274,8 @@ def in_processes(
         OSError: a process was killed, or the disk is full.
     """
     with process_pool(processes) as pool:
-        futures = {pool.submit(attempt, function, arguments): name for name, arguments in tasks.items()}
         try:
+            futures = {pool.submit(attempt, function, arguments): name for name, arguments in tasks.items()}
             for future in as_completed(futures):
                 yield futures.pop(future), future.result()
         except BrokenProcessPool:

@@ -166,9 +166,11 @@ class PreprocessedCorpus:
             source, name = self.cases[case]
             file = source.folder.with_name(body_folder(source)) / f"{name}.npy"
             volume_file = source.folder / f"{name}.b2nd"
+            cells = None
             if file.is_file() and file.stat().st_mtime >= volume_file.stat().st_mtime:
-                cells = np.load(file, allow_pickle=False)
-            else:
+                with suppress(OSError, EOFError, ValueError):  # a file that a crash of the node left unfinished
+                    cells = np.load(file, allow_pickle=False)
+            if cells is None:
                 canonical = to_canonical(self.read(case, (0, 0, 0), self.shape(case)), self.intensity(case))
                 cells = find_body_cells(canonical, air_values(source.channels))
                 keep(cells, file)

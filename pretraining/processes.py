@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -12,7 +13,13 @@ from concurrent.futures import ProcessPoolExecutor
 def process_pool(processes: int) -> ProcessPoolExecutor:
     """A pool of fresh interpreters: a forked one would share locks with this process' threads."""
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(processes, mp_context=context, initializer=end_with_the_parent)
+    return ProcessPoolExecutor(processes, mp_context=context, initializer=begin_worker)
+
+
+def begin_worker() -> None:
+    """A terminal's Ctrl-C reaches the workers too; they finish the case at hand, and the first process stops."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_the_parent()
 
 
 def end_with_the_parent() -> None:

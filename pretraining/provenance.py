@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ CASES = "hiendmae_cases_{}.jsonl"
 def record_case(folder: Path, part_id: int, entry: dict[str, Any]) -> None:
     """Append a case's name, content hash and spacing."""
     with open(folder / CASES.format(part_id), "a", encoding="utf-8") as stream:
-        stream.write(json.dumps(entry) + "\n")
+        stream.write("\n" + json.dumps(entry) + "\n")  # also behind half a line
 
 
 def write_manifest(plans_file: Path, raw: Path, description: dict[str, Any], cases: set[str]) -> None:
@@ -30,7 +31,7 @@ def write_manifest(plans_file: Path, raw: Path, description: dict[str, Any], cas
     entries: dict[str, dict[str, Any]] = {}
     for file in sorted(folder.glob(CASES.format("*"))):
         for line in file.read_text(encoding="utf-8").splitlines():
-            if line.endswith("}"):  # an interruption may leave half a line
+            with suppress(ValueError, KeyError, TypeError):  # a full disk may leave half a line
                 entry = json.loads(line)
                 entries[entry["case"]] = entry
     entries = {case: entry for case, entry in entries.items() if case in cases}

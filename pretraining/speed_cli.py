@@ -84,6 +84,10 @@ def main() -> NoReturn:
             Path(args.json).write_text(json.dumps(figures, indent=2), encoding="utf-8")
     except (ValueError, OSError) as error:
         p.exit(2, f"{p.prog}: error: {error}\n")
+    except torch.OutOfMemoryError:
+        p.exit(1, f"{p.prog}: error: the memory of {args.device} is full; lower -batch_size.\n")
+    except KeyboardInterrupt:
+        p.exit(130, f"{p.prog}: interrupted\n")
     print(speed.report(figures))
     sys.exit(0)
 

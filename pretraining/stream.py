@@ -8,6 +8,7 @@ step, and there is no generator state to save.
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,8 +26,8 @@ from pretraining.processes import end_with_the_parent
 
 # What a generator is for; keeps streams apart that share a seed.
 ORDER, CROP, HELD_OUT, SPLIT = range(4)
-GRACE_S = 60
-"""Between SIGTERM and a loader process' end."""
+GRACE_S = 900
+"""Between SIGTERM and a loader process' end: the trainer needs its batches until it has written its checkpoint."""
 
 Batch = dict[str, Tensor]
 
@@ -144,6 +145,7 @@ def train_loader(stream: CropStream, sampler: MicroBatches, num_workers: int, pi
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
+        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,  # also from Python 3.14 on
         worker_init_fn=follow_the_trainer,
     )
 
@@ -155,7 +157,6 @@ def follow_the_trainer(_: int) -> None:
     """
     for name in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
-    # A trainer that crashes ends its workers by this signal as well, and waits until they are gone.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_S))
     # torch's own watch begins too late to see a trainer that ended while this process was being started.
     end_with_the_parent()

@@ -91,12 +91,12 @@ def run_tasks(pool: ProcessPoolExecutor, tasks: Iterator[Task], processes: int) 
     """Results in the tasks' order, so that the same of two duplicates is accepted every time; a few are in flight."""
     pending: deque[tuple[Task, Future[Row]]] = deque()
     while True:
-        for task in islice(tasks, IN_FLIGHT * processes - len(pending)):
-            pending.append((task, pool.submit(look_at, task)))
-        if not pending:
-            return
-        task, future = pending.popleft()
         try:
+            for task in islice(tasks, IN_FLIGHT * processes - len(pending)):
+                pending.append((task, pool.submit(look_at, task)))
+            if not pending:
+                return
+            task, future = pending.popleft()
             yield task, future.result()
         except BrokenProcessPool:
             raise Aborted("a process was killed (out of memory?); lower -np") from None
