@@ -31,6 +31,7 @@ class nnUNetTrainerHiEndMAE(nnUNetTrainer):
     """
 
     pretrained = True
+    reads_budget = True
 
     def __init__(
         self,

@@ -7,10 +7,13 @@ import html
 import json
 import re
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
 from conftest import World
+from processes import descendants, start, wait_for
 
 from pretraining.phantom import write_phantoms
 
@@ -19,8 +22,8 @@ pytestmark = pytest.mark.slow  # real trainings: one to four minutes on two core
 DATASET = "Dataset903_Bench"
 TINY = {"patch_size": [8, 8, 8], "embed_dim": 24, "depth": 2, "num_heads": 2, "taps": [0, 1]}
 PLAN = (
-    "hiendmae_benchmark plan -o {out} -d 903 -labels 2 -arms nnunet scratch -num_epochs 1 -num_iterations_per_epoch 1 "
-    "-num_val_iterations_per_epoch 1 -patch_size 16 16 16 -batch_size 2 -device cpu"
+    "hiendmae_benchmark plan -o {out} -name bench -d 903 -labels 2 -arms nnunet scratch -num_epochs 1 "
+    "-num_iterations_per_epoch 1 -num_val_iterations_per_epoch 1 -patch_size 16 16 16 -batch_size 2 -device cpu"
 )
 
 
@@ -185,6 +188,69 @@ def test_archived_run_keeps_its_scores(bench: tuple[World, Path]) -> None:
         shutil.move(backup, folder)
 
 
+def test_edited_surface_scores_are_measured_again(bench: tuple[World, Path]) -> None:
+    """While the predictions are there they decide, whatever the kept file says."""
+    world, out = bench
+    report(bench, ok=True)
+    nsd, file = (out / "nsd.csv").read_bytes(), fold_folders(world)["nnunet"] / "hiendmae_surface.json"
+    text = file.read_text(encoding="utf-8")
+    scores = json.loads(text)
+    for case in scores["cases"].values():
+        case["labels"]["1"]["nsd"] = 0.99
+    file.write_text(json.dumps(scores), encoding="utf-8")
+    report(bench, ok=True)
+    assert (out / "nsd.csv").read_bytes() == nsd and json.loads(file.read_text(encoding="utf-8")) == json.loads(text)
+
+
+def test_plain_runs_of_other_plans_are_noticed(bench: tuple[World, Path]) -> None:
+    """A run of the plain commands has no record; nnU-Net's own copy of its plans tells under which it was trained."""
+    world, out = bench
+    record = fold_folders(world)["scratch"] / "hiendmae_run.json"
+    plans = world.root / "preprocessed" / DATASET / "nnUNetPlans_bench_scratch.json"
+    recorded, planned = record.read_bytes(), plans.read_text(encoding="utf-8")
+    try:
+        record.unlink()
+        report(bench, ok=True)
+        plans.write_text(planned.replace('"feature_size": 4', '"feature_size": 8'), encoding="utf-8")
+        assert "scratch: CHANGED: it was made with other plans than the grid has now" in report(bench, ok=False)
+        said = world.run(f"hiendmae_benchmark run -o {out} -part_id 1 -num_parts 2", ok=False)
+        assert "it was made with other plans than the grid has now" in said and not record.is_file()
+        plans.write_text(planned, encoding="utf-8")
+        world.run(f"hiendmae_benchmark run -o {out} -part_id 1 -num_parts 2")
+        assert json.loads(record.read_text(encoding="utf-8"))["versions"] == {}  # nobody knows
+        debug = record.with_name("debug.json")
+        told = debug.read_text(encoding="utf-8")
+        debug.write_text(told.replace('"num_epochs": "1"', '"num_epochs": "7"'), encoding="utf-8")
+        assert "it was made with num_epochs=7, the grid has 1" in report(bench, ok=False)
+        debug.write_text(told, encoding="utf-8")
+    finally:
+        record.write_bytes(recorded)
+        plans.write_text(planned, encoding="utf-8")
+    report(bench, ok=True)
+
+
+def test_sigterm_ends_the_training_and_one_process_has_a_folder(bench: tuple[World, Path]) -> None:
+    """What was started does not go on alone, and nothing else trains in its folder meanwhile."""
+    world, out = bench
+    grid = json.loads((out / "grid.json").read_text(encoding="utf-8")) | {"name": "long", "num_epochs": 1000}
+    long = world.root / "long"
+    long.mkdir(exist_ok=True)
+    (long / "grid.json").write_text(json.dumps(grid), encoding="utf-8")
+    world.run(f"hiendmae_benchmark plan -o {long} -grid {long}/grid.json")
+    process = start(world, f"hiendmae_benchmark run -o {long} -part_id 0 -num_parts 2")
+    wait_for(process, "$ nnUNetv2_train")
+    deadline = time.monotonic() + 120
+    while not (trainings := descendants(process.pid, "nnUNetv2_train")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    said = world.run(f"hiendmae_benchmark run -o {long} -part_id 0 -num_parts 2", ok=False)
+    assert "Another process is at work in" in said and "Traceback" not in said
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted; the same command continues" in said, said
+    assert not any(Path(f"/proc/{pid}").exists() for pid in trainings)
+
+
 def test_interrupted_and_unevaluated_runs_are_finished(bench: tuple[World, Path]) -> None:
     world, out = bench
     folder = fold_folders(world)["nnunet"]
@@ -215,9 +281,11 @@ def test_failures_are_loud(bench: tuple[World, Path]) -> None:
     ("command", "message"),
     [
         ("plan -o x", "plan needs -d DATASET, or -grid FILE."),
-        ("plan -o x -d 903 -arms unet", "-arms unet: the default arms are nnunet, resenc_l"),
+        ("plan -o x -d 903 -arms unet", "-arms unet: there are nnunet, resenc_l"),
         ("plan -o x -d 903", "nnUNetResEncUNetLPlans.json does not exist"),
         ("plan -o x -d 903 -labels 9 -arms nnunet", "needs more than the 4 training cases"),
+        ("plan -o x -d 903 -arms nnunet -c 3d_lowres", "has no configuration 3d_lowres; it has 2d, 3d_fullres"),
+        ("plan -o x -d 903 -arms plain_mae", "-arms plain_mae needs -plain_mae FILE"),
         ("run -o nowhere", "grid.json does not exist. Write one with 'hiendmae_benchmark plan'."),
         ("run -o nowhere -part_id 2", "-part_id 2 must be 0 to 0"),
         ("report -o nowhere -tolerance_mm 0", "-tolerance_mm 0.0 must be a positive number"),

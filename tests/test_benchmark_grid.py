@@ -42,6 +42,7 @@ def test_runs_are_the_product_with_arms_innermost() -> None:
         ({"arms": (ARMS[0], ARMS[0])}, "need different names"),
         ({"name": "a__b"}, "Grid name 'a__b' must be"),
         ({"num_epochs": 0}, "num_epochs=0 must be an integer"),
+        ({"folds": (-1,)}, "-f -1 must be at least 0"),
         ({"device": "gpu"}, "must be cuda, cpu or mps"),
     ],
 )

@@ -80,12 +80,17 @@ def test_changed_splits_are_noticed(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("fold", "labels", "message"),
-    [(0, 21, "needs more than the 20 training cases"), (2, 4, "Fold 2 is not among the folds")],
+    [
+        (0, (21,), "needs more than the 20 training cases"),
+        (2, (4,), "Fold 2 is not among the folds"),
+        (0, ("1%", "5%"), "Label budgets 1% and 5% are both 1 of the 20 training cases of fold 0"),
+        (0, (2, "10%"), "Label budgets 2 and 10% are both 2"),
+    ],
 )
-def test_refused(folder: Path, fold: int, labels: int, message: str) -> None:
+def test_refused(folder: Path, fold: int, labels: tuple[int | str, ...], message: str) -> None:
     before = (folder / SPLITS_FILE).read_bytes()
     with pytest.raises(ValueError, match=message):
-        add_label_budgets(folder, DATA, (fold,), (labels,), (0,))
+        add_label_budgets(folder, DATA, (fold,), labels, (0,))
     assert (folder / SPLITS_FILE).read_bytes() == before
     with pytest.raises(ValueError, match="has no 3 labels of fold 0"):
         split_index(folder, 0, 3, 0)
@@ -95,6 +100,18 @@ def test_subset_does_not_depend_on_the_order_of_the_file() -> None:
     cases = [f"c{i}" for i in range(9)]
     assert labelled_subset(cases, 3, 7) == labelled_subset(cases[::-1], 3, 7)
     assert (number_of_cases("1%", 45), number_of_cases("10%", 45), number_of_cases(45, 45)) == (1, 4, 45)
+
+
+def test_folds_are_not_made_of_half_a_data_set(world: World, tmp_path: Path) -> None:
+    """A preprocessing that was stopped must not decide which cases are tested on."""
+    source = world.root / "preprocessed" / DATASET
+    shutil.copytree(source / DATA, tmp_path / DATA)
+    shutil.copy(source / "dataset.json", tmp_path)
+    for file in (tmp_path / DATA).glob("phantom_003*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"has 5 of 6 cases\. Run 'nnUNetv2_preprocess' again first"):
+        add_label_budgets(tmp_path, DATA, (0,), (1,), (0,))
+    assert not (tmp_path / SPLITS_FILE).is_file()
 
 
 @pytest.mark.slow

@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from nnunetv2_hiendmae.benchmark.arms import plans_name, trainer_class
+from nnunetv2_hiendmae.benchmark.grid import read_grid
 from nnunetv2_hiendmae.benchmark.record import count_parameters
+from nnunetv2_hiendmae.folders import read_json
 
 KEPT = Path(__file__).parents[1] / "docs" / "few_labels"
 
@@ -87,6 +90,31 @@ def test_the_short_table_is_that_of_the_reports() -> None:
     for line, row in zip(written, rows, strict=True):
         means = [cell.split(" (")[0] for cell in list(row.values())[4:]]
         assert [line[0], *(cell.split(" (")[0] for cell in line[1:])] == [row["labels"], *means]
+
+
+@pytest.mark.parametrize(("grid", "augmented"), [("grid", False), ("grid_long", False), ("grid_augmented", True)])
+def test_all_arms_are_augmented_alike(
+    grid: str, augmented: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nnU-Net did not record the transforms of these runs: what the trainers make of the kept plans is the evidence."""
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    monkeypatch.setenv("nnUNet_preprocessed", str(KEPT / "preprocessed"))
+    planned = read_grid(KEPT / f"{grid}.json")
+    folder = KEPT / "preprocessed" / planned.datasets[0]
+    made = set()
+    for arm in planned.arms:
+        plans, dataset = (read_json(folder / f"{name}.json") for name in (plans_name(planned, arm), "dataset"))
+        plans["continue_training"] = False  # as nnUNetv2_train
+        trainer = trainer_class(arm.trainer)(plans, "3d_fullres", 0, dataset, torch.device("cpu"))
+        rotation, dummy_2d, patch_size, axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        transforms = trainer.get_training_transforms(
+            trainer.configuration_manager.patch_size, rotation, None, axes, dummy_2d,
+            use_mask_for_norm=trainer.configuration_manager.use_mask_for_norm, is_cascaded=False,
+            foreground_labels=trainer.label_manager.foreground_labels, regions=None, ignore_label=None,
+        )  # fmt: skip
+        made.add(f"{list(patch_size)} {transforms}")
+    (only,) = made
+    assert ("GaussianNoiseTransform" in only) == augmented and "MirrorTransform" not in only
 
 
 def test_written_other_cases_are_those_that_were_printed() -> None:

@@ -73,6 +73,8 @@ def main() -> None:
         results = [scored(grid, run, args.images, args.labels, args.work) for run in grid.runs()]
     except ValueError as error:
         p.error(str(error))
+    except subprocess.CalledProcessError as error:
+        p.exit(1, f"{p.prog}: error: {error}\n")
     for metric in METRICS:
         print(printed(metric_table(grid, results, metric, TOLERANCE_MM)))
     print(printed(comparison_table(grid, comparisons(grid, results))))

@@ -12,10 +12,16 @@ export OMP_WAIT_POLICY=PASSIVE # two processes share two cores
 # glibc keeps what was freed instead of giving it back to the system and asking anew in every step
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
 
+# Stopped itself, it stops what it started.
+trap 'exit 130' INT TERM
+trap 'kill $(jobs -p) 2> /dev/null || true; wait' EXIT
+
 # 1. Data at 5 mm. nnU-Net's own planning and preprocessing for the labelled set.
 hiendmae_plan_and_preprocess -d 500 -spacing 5 5 5 -p HiEndMAE5mmPlans
-[ -d "$nnUNet_preprocessed"/Dataset501_OpenKBP/nnUNet5mmPlans_3d_fullres ] ||
+[ -e "$nnUNet_preprocessed"/Dataset501_OpenKBP/all_cases_at_5mm ] || {
   nnUNetv2_plan_and_preprocess -d 501 -c 3d_fullres -overwrite_target_spacing 5 5 5 -overwrite_plans_name nnUNet5mmPlans
+  touch "$nnUNet_preprocessed"/Dataset501_OpenKBP/all_cases_at_5mm
+}
 
 # 2. Two pre-trainings that differ in the decoder alone, and both for longer.
 pretrain() { # run name, decoder, steps
@@ -32,7 +38,7 @@ pretrain mae10k self_attention 10000
 
 # 3. 4 arms × 1, 4, 16 labels × 3 label subsets; 4 arms × 4 labels × 3 subsets for three times as long; and so long,
 #    with augmentation and the longer pre-trainings, 4 arms × 1, 4 labels × 3 subsets. Two trainings at a time.
-#    The reports name what failed or is missing.
+#    The reports name what failed or is missing, and the script then ends with 1.
 export OMP_NUM_THREADS=1 nnUNet_def_n_proc=1 nnUNet_n_proc_DA=0 # only from here on: nnU-Net's planning refuses 0
 compare() { # folder, grid
   hiendmae_benchmark plan -o "$1" -grid "$here/$2"
@@ -40,8 +46,10 @@ compare() { # folder, grid
     hiendmae_benchmark run -o "$1" -part_id "$part" -num_parts 2 &
   done
   wait
-  hiendmae_benchmark report -o "$1"
+  hiendmae_benchmark report -o "$1" || failed=1
 }
+failed=0
 compare few_labels grid.json
 compare few_labels_long grid_long.json
 compare few_labels_augmented grid_augmented.json
+exit "$failed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_hiendmae.benchmark.grid import Arm, Grid, Run
+from nnunetv2_hiendmae.benchmark.record import file_sha256
 from nnunetv2_hiendmae.benchmark.splits import split_index, write_json
 from nnunetv2_hiendmae.cli import make_plans
+from nnunetv2_hiendmae.command import MAX_COUNT
 from nnunetv2_hiendmae.folders import preprocessed_folder, read_plans, results_folder
 from nnunetv2_hiendmae.settings import BLOCK
 from nnunetv2_hiendmae.trainer import nnUNetTrainerHiEndMAE
 from nnunetv2_hiendmae.weights import load_weights
 
-# name, trainer, trainer under a budget, plans. Primus is left out of a grid by editing it.
+# name, trainer, trainer under a budget, plans
 DEFAULTS = (
     ("nnunet", "nnUNetTrainer", "nnUNetTrainerBudget", "nnUNetPlans"),
     ("resenc_l", "nnUNetTrainer", "nnUNetTrainerBudget", "nnUNetResEncUNetLPlans"),
@@ -28,6 +31,16 @@ DEFAULTS = (
     ("scratch", "nnUNetTrainerHiEndMAE_scratch", "nnUNetTrainerHiEndMAE_scratch", "nnUNetPlans"),
     ("hiendmae", "nnUNetTrainerHiEndMAE", "nnUNetTrainerHiEndMAE", "nnUNetPlans"),
 )
+
+# name, trainer, settings; taken when named
+CONTROLS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("plain_mae", "nnUNetTrainerHiEndMAE", {}),
+    ("frozen", "nnUNetTrainerHiEndMAE", {"frozen_epochs": MAX_COUNT}),
+    ("identity", "nnUNetTrainerHiEndMAE_scratch", {"identity_blocks": True}),
+)
+
+PRETRAINED_SHA256 = "pretrained_weights_sha256"
+"""Key that the plans of an arm with nnU-Net's ``-pretrained_weights`` get, so that other weights are another run."""
 
 MEND = "Plan again, or remove it if hiendmae_benchmark wrote it."
 
@@ -46,17 +59,40 @@ METHODS = (
 )
 
 
-def default_arms(plans: str, weights: str | None, budget: bool) -> tuple[Arm, ...]:
-    """The six arms of a comparison with nnU-Net; ``plans`` for all but ResEnc-L, ``weights`` for Hi-End-MAE."""
-    return tuple(
-        Arm(
+def default_arms(
+    plans: str, weights: str | None, budget: bool, names: Sequence[str] | None = None, plain_mae: str | None = None
+) -> tuple[Arm, ...]:
+    """Arms of a comparison with nnU-Net, in the order of ``names``: the six of ``DEFAULTS`` if none are given.
+
+    Args:
+        plans: of all but ResEnc-L.
+        weights: of the arms that start from Hi-End-MAE.
+        budget: whether trainers must read the grid's budget.
+        names: of ``DEFAULTS`` and ``CONTROLS``.
+        plain_mae: weights of the control ``plain_mae``.
+
+    Raises:
+        ValueError: an unknown name, or weights missing for or not used by ``plain_mae``.
+    """
+    arms = {
+        name: Arm(
             name=name,
             trainer=budgeted if budget else trainer,
             plans=plans if own == "nnUNetPlans" else own,
             weights=weights if name == "hiendmae" else None,
         )
         for name, trainer, budgeted, own in DEFAULTS
-    )
+    }
+    names = names or list(arms)
+    for name, trainer, settings in CONTROLS:
+        start = {"plain_mae": plain_mae, "frozen": weights}.get(name)
+        arms[name] = Arm(name=name, trainer=trainer, plans=plans, weights=start, settings=dict(settings))
+    unknown = sorted(set(names) - set(arms))
+    if unknown:
+        raise ValueError(f"-arms {' '.join(unknown)}: there are {', '.join(arms)}.")
+    if ("plain_mae" in names) != (plain_mae is not None):
+        raise ValueError("-arms plain_mae needs -plain_mae FILE, the weights of that control, and the other way round.")
+    return tuple(arms[name] for name in names)
 
 
 @lru_cache
@@ -72,15 +108,15 @@ def trainer_class(name: str) -> type[nnUNetTrainer]:
 
 def plans_name(grid: Grid, arm: Arm) -> str:
     """Plans that an arm trains under: its own, or those that ``write_plans`` makes of them."""
-    changes = grid.budget or grid.patch_size or grid.batch_size or arm.settings or needs_block(arm)
+    changes = grid.budget or grid.patch_size or grid.batch_size or arm.settings or arm.weights
     return f"{arm.plans}_{grid.name}_{arm.name}" if changes else arm.plans
 
 
 def needs_block(arm: Arm) -> bool:
     """Whether the arm's weights go into the plans (Hi-End-MAE) instead of nnU-Net's ``-pretrained_weights``."""
+    cls = trainer_class(arm.trainer)
     if arm.weights is None:
         return False
-    cls = trainer_class(arm.trainer)
     if issubclass(cls, nnUNetTrainerHiEndMAE) and not cls.pretrained:
         raise ValueError(f"Arm {arm.name}: {arm.trainer} takes no weights.")
     return issubclass(cls, nnUNetTrainerHiEndMAE)
@@ -99,6 +135,12 @@ def write_plans(grid: Grid, dataset: str, arm: Arm) -> Path:
             f"Arm {arm.name}: {source} does not exist. Run 'nnUNetv2_plan_and_preprocess' for these plans, or take "
             f"the arm out of the grid."
         )
+    plans = read_plans(source, MEND)
+    if any(BLOCK in configuration for configuration in plans["configurations"].values()):
+        raise ValueError(
+            f"Arm {arm.name}: {source} has settings of hiendmae_plan, which not every trainer reads. Name the plans it "
+            f"was made from, and put settings and budget into the grid."
+        )
     target = folder / f"{name}.json"
     if target == source:
         return source
@@ -106,7 +148,12 @@ def write_plans(grid: Grid, dataset: str, arm: Arm) -> Path:
     if needs_block(arm):
         weights = load_weights(str(arm.weights))
         settings |= {"weights": str(weights.path.absolute()), "weights_sha256": weights.sha256}
-    plans = make_plans(read_plans(source, MEND), name, settings, grid.patch_size, grid.batch_size)
+    elif arm.weights is not None:
+        file = Path(arm.weights)
+        if not file.is_file():
+            raise ValueError(f"Arm {arm.name}: the weights file {file} does not exist.")
+        plans = {**plans, PRETRAINED_SHA256: file_sha256(file)}
+    plans = make_plans(plans, name, settings, grid.patch_size, grid.batch_size)
     if not target.is_file() or read_plans(target, MEND) != plans:
         write_json(target, plans)
     return target
@@ -114,7 +161,11 @@ def write_plans(grid: Grid, dataset: str, arm: Arm) -> Path:
 
 def configuration_of(plans_file: Path, configuration: str) -> dict[str, Any]:
     """One configuration of a plans file, inheritance resolved. ``ValueError`` if it has none of that name."""
-    return PlansManager(read_plans(plans_file, MEND)).get_configuration(configuration).configuration
+    plans = read_plans(plans_file, MEND)
+    if configuration not in plans["configurations"]:
+        names = ", ".join(plans["configurations"])
+        raise ValueError(f"{plans_file} has no configuration {configuration}; it has {names}.")
+    return PlansManager(plans).get_configuration(configuration).configuration
 
 
 def plans_file(grid: Grid, run: Run) -> Path:
@@ -135,7 +186,7 @@ def train_command(grid: Grid, run: Run) -> list[str]:
     words = ["nnUNetv2_train", run.dataset, run.configuration, str(index)]
     words += ["-tr", run.arm.trainer, "-p", plans_name(grid, run.arm), "-device", grid.device]
     if run.arm.weights is not None and not needs_block(run.arm):
-        words += ["-pretrained_weights", run.arm.weights]
+        words += ["-pretrained_weights", str(Path(run.arm.weights).absolute())]
     return words
 
 
@@ -149,7 +200,8 @@ def differences(grid: Grid, dataset: str, configuration: str) -> dict[str, dict[
     """What is set for each arm, by arm and then by property; everything else is nnU-Net's default for all."""
     table = {}
     for arm in grid.arms:
-        values = configuration_of(preprocessed_folder(dataset) / f"{plans_name(grid, arm)}.json", configuration)
+        file = preprocessed_folder(dataset) / f"{plans_name(grid, arm)}.json"
+        values = configuration_of(file, configuration)
         block = values.get(BLOCK, {})
         ours = issubclass(trainer_class(arm.trainer), nnUNetTrainerHiEndMAE)
         table[arm.name] = {
@@ -160,7 +212,7 @@ def differences(grid: Grid, dataset: str, configuration: str) -> dict[str, dict[
             "patch size": " × ".join(str(s) for s in values["patch_size"]),
             "batch size": str(values["batch_size"]),
             "network of the plans": "not used" if ours else network_words(values["architecture"]),
-            "weights": str(block.get("weights_sha256") or arm.weights or "none named"),
+            "weights": str(block.get("weights_sha256") or read_plans(file, MEND).get(PRETRAINED_SHA256) or "none"),
             "settings": ", ".join(f"{k}={v}" for k, v in arm.settings.items()) or "none",
             "replaces of nnUNetTrainer": ", ".join(replaced_methods(arm.trainer)) or "nothing",
         }

@@ -26,6 +26,7 @@ PROPERTIES = (
     "gpu_name",
 )
 AUGMENTATION = "dataloader_train.generator.transforms"
+NOT_RECORDED = "not recorded"
 
 
 def as_run_tables(grid: Grid, results: list[Result]) -> list[Table]:
@@ -34,16 +35,18 @@ def as_run_tables(grid: Grid, results: list[Result]) -> list[Table]:
     for dataset in grid.datasets:
         for configuration in grid.configurations:
             here = [r for r in results if (r.run.dataset, r.run.configuration) == (dataset, configuration)]
-            columns = [[trainer_values(r) for r in here if r.run.arm == arm and started(r)] for arm in grid.arms]
+            columns = [[trainer_values(r) for r in here if r.run.arm == arm and told(r)] for arm in grid.arms]
             rows = []
             for name in (*PROPERTIES, "augmentation"):
                 words = [one_of([values[name] for values in column]) for column in columns]
-                rows.append([name, *words, "same" if len(set(words)) == 1 else "differs"])
+                verdict = "–" if NOT_RECORDED in words else "same" if len(set(words)) == 1 else "differs"
+                rows.append([name, *words, verdict])
             tables.append(
                 Table(
                     name=f"as_run_{dataset}_{configuration}",
                     title=f"As run: {dataset}, {configuration}",
-                    note="From each run's debug.json. The augmentation is a hash of its transforms and their numbers.",
+                    note="From each run's debug.json. The augmentation is a hash of its transforms and their numbers; "
+                    "nnU-Net does not record it in runs without loader processes (nnUNet_n_proc_DA=0).",
                     header=["property", *(arm.name for arm in grid.arms), "arms"],
                     rows=rows,
                 )
@@ -51,17 +54,19 @@ def as_run_tables(grid: Grid, results: list[Result]) -> list[Table]:
     return tables
 
 
-def started(result: Result) -> bool:
-    """Whether nnU-Net left a ``debug.json``."""
-    return (result.folder / "debug.json").is_file()
+def told(result: Result) -> bool:
+    """Whether the run counts, and nnU-Net left a ``debug.json``."""
+    return result.status == "finished" and (result.folder / "debug.json").is_file()
 
 
 def trainer_values(result: Result) -> dict[str, str]:
     """What ``debug.json`` says of ``PROPERTIES``, and a hash of the training augmentation."""
     debug = read_json(result.folder / "debug.json")
     values = {name: short(str(debug.get(name, "–"))) for name in PROPERTIES}
+    if AUGMENTATION not in debug:
+        return {**values, "augmentation": NOT_RECORDED}
     # Deep supervision makes its small targets in the same list; that is no augmentation.
-    transforms = re.sub(r", DownsampleSegForDSTransform\( ds_scales = .*?\]\] \)", "", str(debug.get(AUGMENTATION)))
+    transforms = re.sub(r", DownsampleSegForDSTransform\( ds_scales = .*?\]\] \)", "", debug[AUGMENTATION])
     return {**values, "augmentation": hashlib.sha256(transforms.encode()).hexdigest()[:12]}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -43,15 +44,16 @@ def parser() -> CommandParser:
 def add_plan_flags(p: argparse.ArgumentParser) -> None:
     """Flags of ``plan``: a grid file, or the fields of one with the default arms."""
     p.add_argument("-grid", type=Path, metavar="FILE", help="grid.json to plan; the flags below then do not apply")
-    p.add_argument("-name", metavar="NAME", help="of the grid, part of the plans' names [bench]")
+    p.add_argument("-name", metavar="NAME", help="of the grid, part of the plans' names [that of the folder]")
     p.add_argument("-d", nargs="+", metavar="DATASET", help="data set names or ids")
     p.add_argument("-c", nargs="+", metavar="CONFIGURATION", help="[3d_fullres]")
     p.add_argument("-f", nargs="+", type=int, metavar="FOLD", help="folds whose validation cases are the test [0]")
     p.add_argument("-labels", nargs="+", metavar="N", help="label budgets: cases, percent (10%%), all [all]")
     p.add_argument("-seeds", nargs="+", type=int, metavar="N", help="label subsets drawn for each budget [0]")
     p.add_argument("-p", metavar="PLANS", help="plans of all default arms but ResEnc-L [nnUNetPlans]")
-    p.add_argument("-weights", metavar="FILE", help="of the Hi-End-MAE arm [found by the trainer]")
-    p.add_argument("-arms", nargs="+", metavar="ARM", help="which of the default arms [all six]")
+    p.add_argument("-weights", metavar="FILE", help="of the Hi-End-MAE arms [as the trainer finds them]")
+    p.add_argument("-arms", nargs="+", metavar="ARM", help="default arms and controls, the reference first [all six]")
+    p.add_argument("-plain_mae", metavar="FILE", help="weights of the control plain_mae")
     p.add_argument("-num_epochs", type=int, metavar="N", help="of every arm [each trainer's own]")
     p.add_argument("-num_iterations_per_epoch", type=int, metavar="N", help="of every arm [each trainer's own]")
     p.add_argument("-num_val_iterations_per_epoch", type=int, metavar="N", help="of every arm [each trainer's own]")
@@ -73,18 +75,20 @@ def grid_of(args: argparse.Namespace) -> Grid:
 
     if args.d is None:
         raise ValueError("plan needs -d DATASET, or -grid FILE.")
-    wanted, budget = own.pop("arms", None), any(name in BUDGET for name in own)
-    arms = default_arms(own.pop("p", "nnUNetPlans"), own.pop("weights", None), budget)
-    unknown = set(wanted or ()) - {arm.name for arm in arms}
-    if unknown:
-        raise ValueError(f"-arms {' '.join(sorted(unknown))}: the default arms are {', '.join(a.name for a in arms)}.")
+    arms = default_arms(
+        own.pop("p", "nnUNetPlans"),
+        own.pop("weights", None),
+        budget=any(name in BUDGET for name in own),
+        names=own.pop("arms", None),
+        plain_mae=own.pop("plain_mae", None),
+    )
     return Grid(
-        name=own.pop("name", "bench"),
+        name=own.pop("name", args.o.resolve().name),
         datasets=tuple(preprocessed_folder(d).name for d in own.pop("d")),
         configurations=tuple(own.pop("c", ("3d_fullres",))),
         folds=tuple(own.pop("f", (0,))),
         labels=tuple(parse_labels(word) for word in own.pop("labels", ("all",))),
-        arms=tuple(arm for arm in arms if wanted is None or arm.name in wanted),
+        arms=arms,
         **own,
     )
 
@@ -93,8 +97,7 @@ def plan_verb(args: argparse.Namespace) -> int:
     """Write the grid and what it needs; say what differs between the arms."""
     from nnunetv2_hiendmae.benchmark.plan import COMMANDS_FILE, differences_text, plan
 
-    grid = grid_of(args)
-    added = plan(grid, args.o)
+    grid, added = plan(grid_of(args), args.o)
     print(differences_text(grid))
     print(f"{len(grid.runs())} runs in {args.o / GRID_FILE}; {added} new splits for label budgets.")
     print(f"Train with 'hiendmae_benchmark run -o {args.o}', or with the plain commands in {args.o / COMMANDS_FILE}.")
@@ -105,6 +108,8 @@ def run_verb(args: argparse.Namespace) -> int:
     """Run what is not finished; 1 if a run failed."""
     from nnunetv2_hiendmae.benchmark.run import run_part
 
+    # As Ctrl-C: the training at hand must not go on without the process that records it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     check_count("-num_parts", args.num_parts)
     if not 0 <= args.part_id < args.num_parts:
         raise ValueError(f"-part_id {args.part_id} must be 0 to {args.num_parts - 1} (-num_parts {args.num_parts}).")
@@ -135,6 +140,8 @@ def main() -> NoReturn:
         code = {"plan": plan_verb, "run": run_verb, "report": report_verb}[args.verb](args)
     except ValueError as error:
         p.exit(2, f"hiendmae_benchmark: error: {error}\n")
+    except OSError as error:
+        p.exit(1, f"hiendmae_benchmark: error: {error}; the same command continues\n")
     except KeyboardInterrupt:
         p.exit(130, "hiendmae_benchmark: interrupted; the same command continues\n")
     p.exit(code)

@@ -10,7 +10,7 @@ from typing import Any
 from nnunetv2_hiendmae.benchmark.arms import fold_folder
 from nnunetv2_hiendmae.benchmark.grid import Grid, Run
 from nnunetv2_hiendmae.benchmark.record import RECORD_FILE, SUMMARY, RunRecord, file_sha256, read_record
-from nnunetv2_hiendmae.benchmark.run import expected_record, stale, state_of
+from nnunetv2_hiendmae.benchmark.run import expected_record, stale, state_of, trained_otherwise
 from nnunetv2_hiendmae.benchmark.splits import SPLITS_FILE, split_index
 from nnunetv2_hiendmae.benchmark.surface import SURFACE_FILE, is_archived, surface_scores
 from nnunetv2_hiendmae.folders import preprocessed_folder, read_json
@@ -71,10 +71,11 @@ def collect(grid: Grid, run: Run, tolerance_mm: float, earlier: dict[str, str]) 
         return result
     try:
         check_record(grid, result, earlier)
+        check_budget(grid, result)
         check_archive(result, earlier)
         summary = read_json(folder / SUMMARY)
         check_summary(summary, split["val"], result)
-        add_scores(summary, split["val"], data, tolerance_mm, result)
+        add_scores(summary, split["val"], data, tolerance_mm, earlier, result)
     except (ValueError, KeyError, TypeError, OSError) as error:
         result.problems.append(f"unreadable: {error!r}")
     if result.problems:
@@ -93,12 +94,22 @@ def check_record(grid: Grid, result: Result, earlier: dict[str, str]) -> None:
         result.notes.append("not recorded by 'hiendmae_benchmark run'")
         if earlier.get(str(SUMMARY), now) != now:
             result.problems.append("summary.json CHANGED since the first report")
-        return
-    if record.summary_sha256 != now:
+    elif record.summary_sha256 != now:
         result.problems.append("summary.json CHANGED since its run finished")
-    reason = stale(record, expected_record(grid, result.run))
+    run = result.run
+    reason = trained_otherwise(grid, run) if record is None else stale(record, expected_record(grid, run))
     if reason:
         result.problems.append(reason)
+
+
+def check_budget(grid: Grid, result: Result) -> None:
+    """The trainer must have used the grid's epochs and iterations, as far as nnU-Net's ``debug.json`` tells."""
+    file = result.folder / "debug.json"
+    debug = read_json(file) if file.is_file() else {}
+    for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch"):
+        wanted = grid.budget.get(name)
+        if wanted is not None and str(debug.get(name, wanted)) != str(wanted):
+            result.problems.append(f"it was made with {name}={debug[name]}, the grid has {wanted}")
 
 
 def check_archive(result: Result, earlier: dict[str, str]) -> None:
@@ -124,11 +135,21 @@ def check_summary(summary: dict[str, Any], val: list[str], result: Result) -> No
             result.problems.append(f"summary.json: the mean Dice of label {key} is not the mean of its cases")
 
 
-def add_scores(summary: dict[str, Any], val: list[str], data: Path, tolerance_mm: float, result: Result) -> None:
+def add_scores(
+    summary: dict[str, Any],
+    val: list[str],
+    data: Path,
+    tolerance_mm: float,
+    earlier: dict[str, str],
+    result: Result,
+) -> None:
     """Fill in the scores; the Dice of summary.json must be that of the predictions."""
     dataset = read_json(result.folder.parent / "dataset.json")
     names = {str(tuple(v) if isinstance(v, list) else v): name for name, v in dataset["labels"].items()}
     labels = sorted(summary["mean"], key=list(names).index)
+    file = result.folder / SURFACE_FILE
+    if not is_archived(result.folder) and file.is_file() and file_sha256(file) != earlier.get(SURFACE_FILE):
+        file.unlink()  # not what a report wrote last; the predictions are there to measure again
     surface = surface_scores(result.folder, sorted(val), labels, data / "gt_segmentations", tolerance_mm)
     for entry in summary["metric_per_case"]:
         case = case_name(entry, dataset["file_ending"])

@@ -114,6 +114,8 @@ class Grid:
             raise ValueError(f"device='{self.device}' must be cuda, cpu or mps.")
         for labels in self.labels:
             check_labels(labels)
+        for fold in self.folds:
+            check_count("-f", fold, 0)
         for seed in self.seeds:
             check_count("-seeds", seed, 0)
         if self.batch_size is not None:

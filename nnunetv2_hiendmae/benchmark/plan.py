@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from nnunetv2_hiendmae.benchmark.arms import configuration_of, differences, train_command, trainer_class, write_plans
+from nnunetv2_hiendmae.benchmark.arms import configuration_of, differences, train_command, write_plans
+from nnunetv2_hiendmae.benchmark.fair import check_fair, with_choices_fixed
 from nnunetv2_hiendmae.benchmark.grid import GRID_FILE, Grid
 from nnunetv2_hiendmae.benchmark.splits import add_label_budgets
 from nnunetv2_hiendmae.folders import preprocessed_folder
@@ -32,17 +33,22 @@ def write_text(file: Path, text: str) -> None:
         out.write(text.encode())
 
 
-def plan(grid: Grid, folder: Path) -> int:
-    """Write everything that the grid's runs need, and the grid, into ``folder``; returns how many splits are new.
+def plan(grid: Grid, folder: Path) -> tuple[Grid, int]:
+    """Write everything that the grid's runs need, and the grid, into ``folder``.
 
     Safe to repeat, also while runs are under way: what exists and is right is kept.
+
+    Returns:
+        The grid with all choices fixed, and how many splits are new.
 
     Raises:
         ValueError: data, plans, trainers or weights that are missing, and whatever a grid can have wrong.
     """
-    for arm in grid.arms:
-        trainer_class(arm.trainer)
+    grid = with_choices_fixed(grid)
+    check_fair(grid)
     for dataset in grid.datasets:
+        if preprocessed_folder(dataset).name != dataset:
+            raise ValueError(f"The grid's data set '{dataset}' must be named {preprocessed_folder(dataset).name}.")
         for arm in grid.arms:
             file = write_plans(grid, dataset, arm)
             for configuration in grid.configurations:
@@ -63,7 +69,7 @@ def plan(grid: Grid, folder: Path) -> int:
     quoted = "\n".join(f"  {shlex.quote(line)}" for line in lines)
     text = SLURM.format(file=folder / SLURM_FILE, name=grid.name, count=len(lines), commands=quoted)
     write_text(folder / SLURM_FILE, text)
-    return added
+    return grid, added
 
 
 def identifier_of(grid: Grid, dataset: str) -> str:

@@ -45,16 +45,16 @@ def label_curves(grid: Grid, results: list[Result], dataset: str, configuration:
     ticks = set()
     for i, arm in enumerate(grid.arms):
         dots: dict[int, list[float]] = {}  # by training cases
-        for cell in cells(grid):
-            if cell[:2] != (dataset, configuration):
-                continue
-            for result in of_cell(results, cell, arm.name):
-                ticks.add(result.train_cases)
-                value = run_mean(result, metric) if result.status == "finished" else None
-                if value is not None:
-                    dots.setdefault(result.train_cases, []).append(value)
+        mine = [
+            r for cell in cells(grid) if cell[:2] == (dataset, configuration) for r in of_cell(results, cell, arm.name)
+        ]
+        for result in mine:
+            ticks.add(result.train_cases)
+            value = run_mean(result, metric) if result.status == "finished" else None
+            if value is not None:
+                dots.setdefault(result.train_cases, []).append(value)
         x = sorted(dots)
-        axis.plot(x, [sum(dots[n]) / len(dots[n]) for n in x], color=colour(i), label=plain(arm.name))
+        axis.plot(x, [sum(dots[n]) / len(dots[n]) for n in x], color=colour(i), label=legend(arm.name, mine))
         axis.scatter([n for n in x for _ in dots[n]], [v for n in x for v in dots[n]], 14, color=colour(i), alpha=0.6)
     axis.set_xscale("log")
     axis.set_xticks(sorted(ticks), [str(n) for n in sorted(ticks)])
@@ -76,10 +76,11 @@ def organ_dots(grid: Grid, results: list[Result], cell: Cell, metric: str) -> Pi
     figure = Figure(figsize=(5.2, 1.2 + 0.33 * max(len(organs), 3)), layout="constrained")
     axis = figure.subplots()
     for i, arm in enumerate(grid.arms):
-        done = [r for r in of_cell(results, cell, arm.name) if r.status == "finished"]
+        mine = of_cell(results, cell, arm.name)
+        done = [r for r in mine if r.status == "finished"]
         means = [mean_of([run_mean(r, metric, organ) for r in done]) for organ in organs]
         there = [(m, y + 0.12 * (i - (len(grid.arms) - 1) / 2)) for y, m in enumerate(means) if m is not None]
-        axis.scatter([m for m, _ in there], [y for _, y in there], 26, color=colour(i), label=plain(arm.name))
+        axis.scatter([m for m, _ in there], [y for _, y in there], 26, color=colour(i), label=legend(arm.name, mine))
     axis.set_yticks(range(len(organs)), [plain(o) for o in organs])
     axis.set_ylim(len(organs) - 0.5, -0.5)
     axis.set_xlabel(AXIS[metric])
@@ -116,6 +117,12 @@ def forest(grid: Grid, made: list[Comparison], dataset: str, configuration: str,
         title=f"Paired differences, {AXIS[metric]}, {dataset}, {configuration}",
         svg=to_svg(figure),
     )
+
+
+def legend(arm: str, runs: list[Result]) -> str:
+    """An arm's name, and how many of its runs are there if not all are."""
+    done = sum(r.status == "finished" for r in runs)
+    return plain(arm) + (f" ({done}/{len(runs)} runs)" if done < len(runs) else "")
 
 
 def plain(name: str) -> str:

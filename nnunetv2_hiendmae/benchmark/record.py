@@ -37,6 +37,7 @@ class RunRecord:
     split_sha256: str
     """Of the training and validation cases."""
     versions: dict[str, str]
+    """Of the software; empty for a run that was begun by a plain command."""
     summary_sha256: str | None = None
     """None until the run has finished."""
     parameters: int | None = None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from nnunetv2_hiendmae.benchmark.arms import PRETRAINED_SHA256
 from nnunetv2_hiendmae.benchmark.as_run import as_run_tables
 from nnunetv2_hiendmae.benchmark.collect import METRICS, Result, collect
 from nnunetv2_hiendmae.benchmark.grid import Grid
@@ -32,6 +33,7 @@ from nnunetv2_hiendmae.benchmark.tables import (
     status_table,
 )
 from nnunetv2_hiendmae.folders import preprocessed_folder, read_json
+from nnunetv2_hiendmae.settings import BLOCK
 
 PROVENANCE_FILE = "provenance.json"
 
@@ -111,12 +113,12 @@ def provenance_of(grid: Grid, results: list[Result], earlier: dict[str, Any]) ->
 
 
 def weights_of(result: Result) -> str | None:
-    """sha256 of the weights that a Hi-End-MAE run started from, as its trainer saved it."""
-    file = result.folder.parent / "plans.json"
-    if not file.is_file():
+    """sha256 of the weights that a finished run started from, as in the plans that its trainer saved."""
+    if result.status != "finished":
         return None
-    configuration = read_json(file)["configurations"].get(result.run.configuration, {})
-    return configuration.get("hiendmae", {}).get("weights_sha256")
+    plans = read_json(result.folder.parent / "plans.json")
+    block = plans["configurations"].get(result.run.configuration, {}).get(BLOCK, {})
+    return block.get("weights_sha256") or plans.get(PRETRAINED_SHA256)
 
 
 def summary_lines(provenance: dict[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_hiendmae.benchmark.arms import fold_folder, plans_file, train_command
+from nnunetv2_hiendmae.benchmark.arms import configuration_of, fold_folder, plans_file, train_command
 from nnunetv2_hiendmae.benchmark.grid import Grid, Run
 from nnunetv2_hiendmae.benchmark.record import (
     FINAL,
@@ -27,6 +28,8 @@ from nnunetv2_hiendmae.benchmark.record import (
 )
 from nnunetv2_hiendmae.benchmark.splits import SPLITS_FILE, split_index, split_sha256
 from nnunetv2_hiendmae.folders import preprocessed_folder, read_json
+from nnunetv2_hiendmae.lock import alone_in
+from nnunetv2_hiendmae.settings import BLOCK
 
 CHECKPOINTS = ("checkpoint_latest.pth", "checkpoint_best.pth")  # of a training that was interrupted
 
@@ -56,6 +59,20 @@ def expected_record(grid: Grid, run: Run) -> RunRecord:
     )
 
 
+def trained_otherwise(grid: Grid, run: Run) -> str | None:
+    """Why a run without a record is not the one the grid asks for, by the plans that nnU-Net saved; None if it is.
+
+    The trainer fills in what the plans' ``hiendmae`` block leaves open, so the saved block may hold more.
+    """
+    file = fold_folder(grid, run).parent / "plans.json"
+    saved, wanted = (configuration_of(f, run.configuration) for f in (file, plans_file(grid, run)))
+    rest = [{k: v for k, v in configuration.items() if k != BLOCK} for configuration in (saved, wanted)]
+    block = saved.get(BLOCK, {})
+    if rest[0] == rest[1] and all(block.get(k) == v for k, v in wanted.get(BLOCK, {}).items()):
+        return None
+    return "it was made with other plans than the grid has now"
+
+
 def stale(record: RunRecord, expected: RunRecord) -> str | None:
     """Why a recorded run is not the one the grid asks for now; None if it is."""
     for name, words in (("plans_sha256", "plans"), ("split_sha256", "training or validation cases")):
@@ -69,18 +86,27 @@ def perform(grid: Grid, run: Run, logs: Path) -> None:
 
     Raises:
         RuntimeError: the command failed or left no summary; names the log and its last lines.
-        ValueError: the run folder holds another run than the grid asks for.
+        ValueError: the run folder holds another run than the grid asks for, or another process is at work in it.
     """
-    folder, expected = fold_folder(grid, run), expected_record(grid, run)
-    record, state = read_record(folder), state_of(folder)
-    reason = record and stale(record, expected)
+    folder = fold_folder(grid, run)
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder, "Wait for its end."):
+        perform_alone(grid, run, folder, logs)
+
+
+def perform_alone(grid: Grid, run: Run, folder: Path, logs: Path) -> None:
+    """``perform`` in a folder that no other process touches."""
+    expected, record, state = expected_record(grid, run), read_record(folder), state_of(folder)
+    if record is None and state != "new":  # begun by a plain command, with versions that nobody noted
+        reason, expected = trained_otherwise(grid, run), replace(expected, versions={})
+    else:
+        reason = stale(record, expected) if record else None
     if reason:
         raise ValueError(f"{folder}: {reason}. Remove the folder, or give the grid another name.")
     if state == "finished" and record and record.summary_sha256:
         return
     memory: dict[str, float | None] = {}
     if state != "finished":
-        folder.mkdir(parents=True, exist_ok=True)
         write_record(folder, record or expected)
         command = train_command(grid, run)
         if state != "new" and "-pretrained_weights" in command:  # the checkpoint has them; nnU-Net refuses both
@@ -109,7 +135,7 @@ def watch(command: list[str], log: Path) -> dict[str, float | None]:
     words = [str(beside) if beside.exists() else command[0], *command[1:]]
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as file:
-        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         done = threading.Event()
         gpu: list[float] = []
         sampler = threading.Thread(target=sample_gpu, args=(gpu, done), daemon=True)
@@ -117,7 +143,7 @@ def watch(command: list[str], log: Path) -> dict[str, float | None]:
         try:
             _, status, usage = os.wait4(process.pid, 0)
         except KeyboardInterrupt:
-            process.terminate()
+            os.killpg(process.pid, signal.SIGTERM)  # with its loader processes
             process.wait()
             raise
         finally:
@@ -138,7 +164,10 @@ def sample_gpu(samples: list[float], done: threading.Event) -> None:
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
     query = ["nvidia-smi", "-i", gpu, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     while not done.wait(1):
-        answer = subprocess.run(query, capture_output=True, encoding="utf-8", check=False)
+        try:
+            answer = subprocess.run(query, capture_output=True, encoding="utf-8", check=False, timeout=10)
+        except subprocess.TimeoutExpired:
+            continue
         if answer.returncode or not answer.stdout.strip().isdigit():
             return
         samples.append(float(answer.stdout))
@@ -155,7 +184,8 @@ def run_part(grid: Grid, part_id: int, num_parts: int, logs: Path) -> list[str]:
         print(f"[{number}/{len(mine)}] {run.name}: {state_of(fold_folder(grid, run))}", flush=True)
         try:
             perform(grid, run, logs)
-        except (RuntimeError, ValueError) as error:
-            print(f"FAILED {run.name}: {error}", file=sys.stderr, flush=True)
-            failures.append(f"{run.name}: {str(error).splitlines()[0]}")
+        except Exception as error:  # whatever is wrong in one folder must not keep the other runs from being made
+            words = str(error) if isinstance(error, (RuntimeError, ValueError)) else repr(error)
+            print(f"FAILED {run.name}: {words}", file=sys.stderr, flush=True)
+            failures.append(f"{run.name}: {words.splitlines()[0]}")
     return failures

@@ -37,7 +37,7 @@ def read_splits(folder: Path, data_identifier: str) -> list[Split]:
     """The splits of a preprocessed data set; nnU-Net's own five folds are written first where there are none.
 
     Raises:
-        ValueError: the data are not preprocessed.
+        ValueError: the data are not preprocessed, or not all of them.
     """
     file = folder / SPLITS_FILE
     if not file.is_file():
@@ -45,6 +45,10 @@ def read_splits(folder: Path, data_identifier: str) -> list[Split]:
         if not data.is_dir():
             raise ValueError(f"{data} does not exist. Run 'nnUNetv2_preprocess' for these plans first.")
         cases = sorted(infer_dataset_class(str(data)).get_identifiers(str(data)))
+        description = folder / "dataset.json"
+        expected = read_json(description).get("numTraining", 0) if description.is_file() else 0
+        if len(cases) < expected:
+            raise ValueError(f"{data} has {len(cases)} of {expected} cases. Run 'nnUNetv2_preprocess' again first.")
         # as nnUNetTrainer.do_split would at the first training
         write_json(file, generate_crossval_split(cases, seed=12345, n_splits=5))
     return read_json(file)
@@ -117,7 +121,8 @@ def add_label_budgets(
     Safe to repeat: entries that exist are checked and kept. Two commands must not run at the same time.
 
     Raises:
-        ValueError: no such fold, too few cases, or splits that changed since they were written.
+        ValueError: no such fold, too few cases, budgets that come to the same number of cases, or splits that changed
+            since they were written.
     """
     splits, entries = read_splits(folder, data_identifier), read_entries(folder)
     check_entries(folder, splits, entries)
@@ -127,10 +132,16 @@ def add_label_budgets(
         if not 0 <= fold < len(splits) or any(fold == e["index"] for e in entries):
             raise ValueError(f"Fold {fold} is not among the folds of {folder / SPLITS_FILE}.")
         train, val = splits[fold]["train"], splits[fold]["val"]
+        budgets: dict[int, int | str] = {}
         for budget in labels:
             if budget == ALL_LABELS:
                 continue
             n = number_of_cases(budget, len(train))
+            if budgets.setdefault(n, budget) != budget:
+                raise ValueError(
+                    f"Label budgets {budgets[n]} and {budget} are both {n} of the {len(train)} training cases of fold "
+                    f"{fold} of {folder.name}; leave one out."
+                )
             for seed in seeds:
                 if (fold, n, seed) in known:
                     continue

@@ -62,12 +62,17 @@ def surface_scores(
         tolerance_mm: of the NSD.
 
     Raises:
+        ValueError: only scores of another tolerance were kept.
         FileNotFoundError: a prediction or reference is missing; names it.
     """
     file = fold / SURFACE_FILE
     kept: dict[str, Any] = read_json(file) if file.is_file() else {}
     known = kept.get("cases", {}) if kept.get("tolerance_mm") == tolerance_mm else {}
-    if known and is_archived(fold):
+    if is_archived(fold):
+        if not known:
+            raise ValueError(
+                f"without predictions there are only the scores at {kept.get('tolerance_mm')} mm, not at {tolerance_mm}"
+            )
         return {case: known[case]["labels"] for case in cases}
     plans, dataset = PlansManager(str(fold.parent / "plans.json")), read_json(fold.parent / "dataset.json")
     ignore = plans.get_label_manager(dataset).ignore_label

@@ -34,6 +34,10 @@ class Comparison:
     metric: str
     differences: list[float]
     """One a case: the mean over organs that are defined in both, then over label subsets that both have finished."""
+    pairs: int
+    """Runs that both arms have finished."""
+    planned: int
+    """Runs of an arm in the grid."""
     interval: tuple[float, float] | None
     p: float | None
     p_holm: float | None
@@ -104,14 +108,17 @@ def metric_table(grid: Grid, results: list[Result], metric: str, tolerance: floa
     return Table(name=metric, title=title, note=NOTES[metric], header=header, rows=rows)
 
 
-def paired_differences(first: list[Result], other: list[Result], metric: str) -> list[float]:
-    """Differences by case, see ``Comparison``; runs without a finished partner are left out."""
-    values: dict[tuple[int, str], list[float]] = {}
+def pairs_of(first: list[Result], other: list[Result]) -> list[tuple[Result, Result]]:
+    """Runs of two arms on the same fold and label subset that are both finished."""
     partner = {(r.run.fold, r.run.seed): r for r in first if r.status == "finished"}
-    for result in other:
-        pair = partner.get((result.run.fold, result.run.seed))
-        if pair is None or result.status != "finished":
-            continue
+    both = [(partner.get((r.run.fold, r.run.seed)), r) for r in other if r.status == "finished"]
+    return [(a, b) for a, b in both if a is not None]
+
+
+def paired_differences(pairs: list[tuple[Result, Result]], metric: str) -> list[float]:
+    """Differences by case, see ``Comparison``."""
+    values: dict[tuple[int, str], list[float]] = {}
+    for pair, result in pairs:
         scores: dict[str, dict[str, Score]] = {}
         for s in pair.scores:
             scores.setdefault(s.case, {})[s.organ] = s
@@ -130,18 +137,20 @@ def comparisons(grid: Grid, results: list[Result]) -> list[Comparison]:
     made = []
     for metric in METRICS:
         found = [
-            (cell, arm.name, paired_differences(first, of_cell(results, cell, arm.name), metric))
+            (cell, arm.name, pairs, paired_differences(pairs, metric))
             for cell in cells(grid)
-            for first in [of_cell(results, cell, grid.arms[0].name)]
             for arm in grid.arms[1:]
+            for pairs in [pairs_of(of_cell(results, cell, grid.arms[0].name), of_cell(results, cell, arm.name))]
         ]
-        p_values = [wilcoxon_p(d) for _, _, d in found]
-        for (cell, arm_name, d), p, p_holm in zip(found, p_values, holm(p_values), strict=True):
+        p_values = [wilcoxon_p(d) for *_, d in found]
+        for (cell, arm_name, pairs, d), p, p_holm in zip(found, p_values, holm(p_values), strict=True):
             made.append(
                 Comparison(
                     cell=cell,
                     arm=arm_name,
                     metric=metric,
+                    pairs=len(pairs),
+                    planned=len(of_cell(results, cell, arm_name)),
                     differences=d,
                     interval=bootstrap_interval(d),
                     p=p,
@@ -160,7 +169,8 @@ def comparison_table(grid: Grid, made: list[Comparison]) -> Table:
         values = ["missing", "", "", ""]
         if mean is not None:
             values = [signed(mean, c.metric), interval, share(c.p), share(c.p_holm)]
-        rows.append([c.cell[0], c.cell[1], str(c.cell[2]), c.metric, c.arm, str(len(c.differences)), *values])
+        paired = f"{len(c.differences)}" + (f", {c.pairs}/{c.planned} runs" if c.pairs < c.planned else "")
+        rows.append([c.cell[0], c.cell[1], str(c.cell[2]), c.metric, c.arm, paired, *values])
     note = (
         "Per-case differences, mean over organs and label subsets; 95 % percentile interval of 10,000 bootstrap "
         "resamples of the cases; two-sided Wilcoxon test; Holm's correction over all rows of a metric. The cases are "

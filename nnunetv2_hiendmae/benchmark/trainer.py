@@ -20,6 +20,8 @@ from nnunetv2_hiendmae.trainer import fewer_augmentations
 class Budget(nnUNetTrainer):
     """Epochs, iterations and augmentation as the plans say; a warm-up of 50 epochs is at most a tenth of the epochs."""
 
+    reads_budget = True
+
     def __init__(
         self,
         plans: dict[str, Any],

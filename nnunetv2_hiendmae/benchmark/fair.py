@@ -1,0 +1,85 @@
+"""What makes a comparison one of like with like: choices fixed when a grid is planned, and grids that are refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from nnunetv2_hiendmae.architectures.vit import ENCODERS
+from nnunetv2_hiendmae.benchmark.arms import DEFAULTS, plans_name, trainer_class
+from nnunetv2_hiendmae.benchmark.grid import Arm, Grid
+from nnunetv2_hiendmae.intensity import DEFAULT_WINDOW
+from nnunetv2_hiendmae.trainer import nnUNetTrainerHiEndMAE
+from nnunetv2_hiendmae.weights import find_weights, load_weights
+
+
+def with_choices_fixed(grid: Grid) -> Grid:
+    """The grid with what its trainers would choose when they start: weights, and the network of scratch arms.
+
+    Weights that no arm names are found now, so that a pre-training which ends later changes nothing. A scratch arm that
+    names no architecture gets the encoder and window of the pre-trained arms: it is their control.
+
+    Raises:
+        ValueError: no weights found, or pre-trained arms with several encoders beside a scratch arm that names none.
+    """
+    ours = {arm.name: issubclass(trainer_class(arm.trainer), nnUNetTrainerHiEndMAE) for arm in grid.arms}
+    arms = [
+        replace(arm, weights=str(find_weights(None)[0].absolute())) if ours[arm.name] and is_open(arm) else arm
+        for arm in grid.arms
+    ]
+    encoders: dict[str, dict[str, Any]] = {}
+    for arm in arms:
+        if ours[arm.name] and arm.weights is not None and trainer_class(arm.trainer).pretrained:
+            encoder = encoder_settings(arm)
+            encoders.setdefault(str(encoder), encoder)
+    for i, arm in enumerate(arms):
+        if not encoders or not ours[arm.name] or arm.weights is not None or "architecture" in arm.settings:
+            continue
+        if len(encoders) > 1:
+            raise ValueError(
+                f"Arm {arm.name}: the pre-trained arms have different encoders ({'; '.join(encoders)}). Name the "
+                f"'architecture' of this arm in its settings in the grid."
+            )
+        (encoder,) = encoders.values()
+        arms[i] = replace(arm, settings={**encoder, **arm.settings})
+    return replace(grid, arms=tuple(arms))
+
+
+def is_open(arm: Arm) -> bool:
+    """Whether the trainer would look for weights itself."""
+    return arm.weights is None and bool(getattr(trainer_class(arm.trainer), "pretrained", False))
+
+
+def encoder_settings(arm: Arm) -> dict[str, Any]:
+    """The settings that give a scratch arm the network of a pre-trained one."""
+    weights = load_weights(str(arm.weights))
+    architecture = weights.architecture
+    preset = next((name for name, config in ENCODERS.items() if config == architecture), None)
+    settings: dict[str, Any] = {"architecture": preset or architecture.to_dict()}
+    if tuple(weights.window_hu) != tuple(DEFAULT_WINDOW):
+        settings["window_hu"] = list(weights.window_hu)
+    return settings
+
+
+def check_fair(grid: Grid) -> None:
+    """``ValueError`` for a grid that cannot be trained as it says; names the arm and the mend."""
+    models: dict[tuple[str, str], str] = {}
+    for arm in grid.arms:
+        cls = trainer_class(arm.trainer)
+        ours = issubclass(cls, nnUNetTrainerHiEndMAE)
+        if grid.budget and not getattr(cls, "reads_budget", False):
+            twins = {trainer: budgeted for _, trainer, budgeted, _ in DEFAULTS}
+            raise ValueError(
+                f"Arm {arm.name}: {arm.trainer} does not read the budget of the grid ({', '.join(grid.budget)}). Name "
+                f"{twins.get(arm.trainer, 'a trainer that does (nnUNetTrainerBudget)')} as its trainer, or leave the "
+                f"budget out."
+            )
+        if arm.settings and not ours:
+            raise ValueError(
+                f"Arm {arm.name}: {arm.trainer} reads no settings ({', '.join(arm.settings)}); remove them."
+            )
+        other = models.setdefault((arm.trainer, plans_name(grid, arm)), arm.name)
+        if other != arm.name:
+            raise ValueError(f"The arms {other} and {arm.name} are the same; take one out of the grid.")
+    if "2d" in grid.configurations and (grid.budget or grid.patch_size or grid.batch_size):
+        raise ValueError("A budget or sizes cannot be given to the 2d configuration; leave one or the other out.")

@@ -1,0 +1,113 @@
+"""Arms that are compared train as the grid says, and a scratch arm has the network of the pre-trained one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import CHECKOUT, DATASET, World
+
+from nnunetv2_hiendmae.benchmark.arms import default_arms
+from nnunetv2_hiendmae.benchmark.fair import check_fair, with_choices_fixed
+from nnunetv2_hiendmae.benchmark.grid import Arm, Grid
+from nnunetv2_hiendmae.benchmark.plan import plan
+from nnunetv2_hiendmae.settings import FineTuneSettings
+from nnunetv2_hiendmae.weights import load_weights
+
+NANO = str(CHECKOUT / "docs" / "few_labels" / "weights" / "hi.pth")
+NNUNET = Arm(name="nnunet", trainer="nnUNetTrainer")
+SCRATCH = Arm(name="scratch", trainer="nnUNetTrainerHiEndMAE_scratch")
+OURS = Arm(name="ours", trainer="nnUNetTrainerHiEndMAE", weights=NANO)
+
+
+def grid(*arms: Arm, **rest: object) -> Grid:
+    return Grid(name="fair", datasets=(DATASET,), arms=arms, **rest)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def here(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    """nnU-Net's folders of the phantoms as those of this process."""
+    for name, value in world.env.items():
+        if name.startswith("nnUNet_"):
+            monkeypatch.setenv(name, value)
+    return world
+
+
+def test_scratch_gets_the_network_of_the_weights() -> None:
+    weights = load_weights(NANO)
+    fixed = with_choices_fixed(grid(NNUNET, SCRATCH, OURS))
+    assert fixed.arms[0] == NNUNET and fixed.arms[2] == OURS
+    settings = FineTuneSettings(**fixed.arms[1].settings).resolved_scratch()
+    assert settings.encoder == weights.architecture and tuple(settings.window_hu or ()) == weights.window_hu
+    named = Arm(name="scratch", trainer=SCRATCH.trainer, settings={"architecture": "tiny"})
+    assert with_choices_fixed(grid(named, OURS)).arms[0] == named  # what the grid names stays
+    assert with_choices_fixed(fixed) == fixed
+
+
+def test_several_encoders_leave_no_control(pretrained: Path) -> None:
+    other = Arm(name="other", trainer=OURS.trainer, weights=str(pretrained))
+    with pytest.raises(ValueError, match="Arm scratch: the pre-trained arms have different encoders"):
+        with_choices_fixed(grid(SCRATCH, OURS, other))
+
+
+def test_weights_are_chosen_when_planned(monkeypatch: pytest.MonkeyPatch, pretrained: Path) -> None:
+    monkeypatch.setenv("HIENDMAE_WEIGHTS", str(pretrained))
+    arm = with_choices_fixed(grid(Arm(name="ours", trainer=OURS.trainer))).arms[0]
+    assert arm.weights == str(pretrained)
+    monkeypatch.setenv("HIENDMAE_WEIGHTS", "nowhere.pth")
+    with pytest.raises(ValueError, match=r"The weights file nowhere\.pth"):
+        with_choices_fixed(grid(Arm(name="ours", trainer=OURS.trainer)))
+
+
+@pytest.mark.parametrize(
+    ("arms", "rest", "message"),
+    [
+        ([NNUNET], {"num_epochs": 3}, "nnUNetTrainer does not read the budget of the grid .num_epochs.. Name nnUNetTr"),
+        ([Arm(name="x", trainer="nnUNetTrainer_5epochs")], {"no_mirroring": True}, "a trainer that does .nnUNetTrain"),
+        (
+            [Arm(name="x", trainer="nnUNetTrainer", settings={"initial_lr": 1.0})],
+            {},
+            "reads no settings .initial_lr.; remove",
+        ),
+        ([NNUNET, Arm(name="again", trainer="nnUNetTrainer")], {}, "The arms nnunet and again are the same"),
+        ([NNUNET], {"configurations": ("2d",), "batch_size": 2}, "cannot be given to the 2d configuration"),
+    ],
+)
+def test_refused(arms: list[Arm], rest: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_fair(grid(*arms, **rest))
+
+
+def test_controls_are_arms_by_name() -> None:
+    names = ["hiendmae", "plain_mae", "frozen", "identity", "scratch"]
+    arms = default_arms("P", "hi.pth", True, names, plain_mae="mae.pth")
+    assert [arm.name for arm in arms] == names  # the first is what the others are compared with
+    assert [arm.weights for arm in arms] == ["hi.pth", "mae.pth", "hi.pth", None, None]
+    assert arms[3].settings == {"identity_blocks": True} and arms[2].settings["frozen_epochs"] > 10**6
+    for names, weights in ((["plain_mae"], None), (["hiendmae"], "mae.pth")):
+        with pytest.raises(ValueError, match="-arms plain_mae needs -plain_mae FILE"):
+            default_arms("P", "hi.pth", True, names, weights)
+
+
+def test_pretrained_weights_of_nnunet_are_part_of_the_plans(here: World, tmp_path: Path) -> None:
+    """Other weights are another run, and the arm without them is not taken for the one with them."""
+    file = tmp_path / "start.pth"
+    file.write_bytes(b"one")
+    both = grid(NNUNET, Arm(name="started", trainer="nnUNetTrainer", weights=str(file)))
+    plan(both, tmp_path)
+    commands = (tmp_path / "commands.sh").read_text(encoding="utf-8").splitlines()[1:]
+    assert [f"-pretrained_weights {file}" in line for line in commands] == [False, True]
+    plans = here.root / "preprocessed" / DATASET / "nnUNetPlans_fair_started.json"
+    first = plans.read_bytes()
+    file.write_bytes(b"two")
+    plan(both, tmp_path)
+    assert plans.read_bytes() != first
+    file.unlink()
+    with pytest.raises(ValueError, match=r"Arm started: the weights file .*start\.pth does not exist"):
+        plan(both, tmp_path)
+
+
+def test_settings_of_hiendmae_plan_are_no_base(here: World, tmp_path: Path) -> None:
+    here.run("hiendmae_plan -d 901 -plans_name unfair --epochs 3")
+    with pytest.raises(ValueError, match="has settings of hiendmae_plan, which not every trainer reads"):
+        plan(grid(Arm(name="x", trainer="nnUNetTrainer", plans="unfair")), tmp_path)
