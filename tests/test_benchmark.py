@@ -30,7 +30,8 @@ PLAN = (
 def fold_folders(world: World) -> dict[str, Path]:
     """Folder of the run of each arm."""
     found = {p.parent.parent.name: p.parent for p in (world.root / "results").rglob("fold_*/hiendmae_run.json")}
-    return {("nnunet" if "Budget" in name else "scratch"): folder for name, folder in found.items()}
+    arms = {name: name.split("_bench_")[1].split("__")[0] for name in found if "_bench_" in name}
+    return {arm: found[name] for name, arm in arms.items()}
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +283,7 @@ def test_failures_are_loud(bench: tuple[World, Path]) -> None:
     [
         ("plan -o x", "plan needs -d DATASET, or -grid FILE."),
         ("plan -o x -d 903 -arms unet", "-arms unet: there are nnunet, resenc_l"),
-        ("plan -o x -d 903", "nnUNetResEncUNetLPlans.json does not exist"),
+        ("plan -o x -d 903 -arms nnunet resenc_l", "nnUNetResEncUNetLPlans.json does not exist"),
         ("plan -o x -d 903 -labels 9 -arms nnunet", "needs more than the 4 training cases"),
         ("plan -o x -d 903 -arms nnunet -c 3d_lowres", "has no configuration 3d_lowres; it has 2d, 3d_fullres"),
         ("plan -o x -d 903 -arms plain_mae", "-arms plain_mae needs -plain_mae FILE"),

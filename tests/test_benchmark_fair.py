@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 from conftest import CHECKOUT, DATASET, World
 
 from nnunetv2_hiendmae.benchmark.arms import default_arms
-from nnunetv2_hiendmae.benchmark.fair import check_fair, with_choices_fixed
+from nnunetv2_hiendmae.benchmark.fair import check_fair, other_encoders, with_choices_fixed
 from nnunetv2_hiendmae.benchmark.grid import Arm, Grid
 from nnunetv2_hiendmae.benchmark.plan import plan
 from nnunetv2_hiendmae.settings import FineTuneSettings
@@ -25,12 +26,15 @@ def grid(*arms: Arm, **rest: object) -> Grid:
 
 
 @pytest.fixture
-def here(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
-    """nnU-Net's folders of the phantoms as those of this process."""
-    for name, value in world.env.items():
+def here(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    """A copy of the phantoms whose folders are those of this process."""
+    copied = World(tmp_path / "world")
+    shutil.copytree(world.root / "raw", copied.root / "raw")
+    shutil.copytree(world.root / "preprocessed", copied.root / "preprocessed")
+    for name, value in copied.env.items():
         if name.startswith("nnUNet_"):
             monkeypatch.setenv(name, value)
-    return world
+    return copied
 
 
 def test_scratch_gets_the_network_of_the_weights() -> None:
@@ -41,7 +45,8 @@ def test_scratch_gets_the_network_of_the_weights() -> None:
     assert settings.encoder == weights.architecture and tuple(settings.window_hu or ()) == weights.window_hu
     named = Arm(name="scratch", trainer=SCRATCH.trainer, settings={"architecture": "tiny"})
     assert with_choices_fixed(grid(named, OURS)).arms[0] == named  # what the grid names stays
-    assert with_choices_fixed(fixed) == fixed
+    assert with_choices_fixed(fixed) == fixed and other_encoders(fixed) == []
+    assert [line.split(" has ")[0] for line in other_encoders(grid(named, OURS))] == ["Arm scratch"]
 
 
 def test_several_encoders_leave_no_control(pretrained: Path) -> None:
@@ -70,6 +75,7 @@ def test_weights_are_chosen_when_planned(monkeypatch: pytest.MonkeyPatch, pretra
             "reads no settings .initial_lr.; remove",
         ),
         ([NNUNET, Arm(name="again", trainer="nnUNetTrainer")], {}, "The arms nnunet and again are the same"),
+        ([SCRATCH, Arm(name="b", trainer=SCRATCH.trainer)], {"num_epochs": 1}, "The arms scratch and b are the same"),
         ([NNUNET], {"configurations": ("2d",), "batch_size": 2}, "cannot be given to the 2d configuration"),
     ],
 )

@@ -52,6 +52,7 @@ plan["hiendmae"] = plan.get("hiendmae", {}) | {
     "num_epochs": 1, "num_iterations_per_epoch": 1, "num_val_iterations_per_epoch": 1, "feature_size": 4
 }
 plan["patch_size"], plan["batch_size"] = [16, 16, 16], 2
+file.with_suffix(".own").write_bytes(file.read_bytes())
 file.write_text(json.dumps(plans), encoding="utf-8")
 """
 
@@ -61,8 +62,12 @@ def write_wrappers(folder: Path) -> None:
     folder.mkdir()
     real = Path(sys.executable).parent
     for name, flags in APPENDED.items():
-        before = f"{sys.executable} -c '{SHORT_TRAINING}' \"$@\" &&" if name == "nnUNetv2_train" else ""
-        write_script(folder / name, f'{before} exec {real / name} "$@" {flags}')
+        write_script(folder / name, f'exec {real / name} "$@" {flags}')
+    train = (
+        f'{sys.executable} -c \'{SHORT_TRAINING}\' "$@" && {real / "nnUNetv2_train"} "$@" {APPENDED["nnUNetv2_train"]}'
+    )
+    restore = 'for own in "$nnUNet_preprocessed"/*/*.own; do mv "$own" "${own%.own}.json"; done'
+    write_script(folder / "nnUNetv2_train", f"{train}; code=$?; {restore}; exit $code")
     prepare = f'exec {real / "hiendmae_plan_and_preprocess"} "$@" -np 1'
     write_script(
         folder / "hiendmae_plan_and_preprocess",

@@ -175,6 +175,7 @@ def test_other_cases(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_script_runs_from_raw_data_to_the_reports(tmp_path: Path) -> None:
     """run.sh itself on phantoms, with fewer steps, epochs, labels and label subsets."""
     from pretraining.phantom import write_phantoms

@@ -123,7 +123,7 @@ def test_ctrl_c_then_the_same_command(world: World, tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate()
     assert process.returncode in (0, 130), error  # 0: it was faster than the signal
-    assert process.returncode == 0 or error.endswith("the same command goes on with the missing shards\n")
+    assert process.returncode == 0 or "the same command goes on with the missing shards\n" in error
     world.run(f"hiendmae_pack -d 901 -o {tmp_path / 'p'} -np 1")
     assert len(PackedCorpus(tmp_path / "p")) == 6
 

@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY=PASSIVE # two processes share two cores
 # glibc keeps what was freed instead of giving it back to the system and asking anew in every step
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
 
-# Stopped itself, it stops what it started.
+# Stopped between trainings or in the comparisons, it stops what it started.
 trap 'exit 130' INT TERM
 trap 'kill $(jobs -p) 2> /dev/null || true; wait' EXIT
 

@@ -95,10 +95,13 @@ def grid_of(args: argparse.Namespace) -> Grid:
 
 def plan_verb(args: argparse.Namespace) -> int:
     """Write the grid and what it needs; say what differs between the arms."""
+    from nnunetv2_hiendmae.benchmark.fair import other_encoders
     from nnunetv2_hiendmae.benchmark.plan import COMMANDS_FILE, differences_text, plan
 
     grid, added = plan(grid_of(args), args.o)
     print(differences_text(grid))
+    for line in other_encoders(grid):
+        print(f"WARNING: {line}")
     print(f"{len(grid.runs())} runs in {args.o / GRID_FILE}; {added} new splits for label budgets.")
     print(f"Train with 'hiendmae_benchmark run -o {args.o}', or with the plain commands in {args.o / COMMANDS_FILE}.")
     return 0
@@ -109,7 +112,9 @@ def run_verb(args: argparse.Namespace) -> int:
     from nnunetv2_hiendmae.benchmark.run import run_part
 
     # As Ctrl-C: the training at hand must not go on without the process that records it.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores the second
+            signal.signal(number, signal.default_int_handler)
     check_count("-num_parts", args.num_parts)
     if not 0 <= args.part_id < args.num_parts:
         raise ValueError(f"-part_id {args.part_id} must be 0 to {args.num_parts - 1} (-num_parts {args.num_parts}).")

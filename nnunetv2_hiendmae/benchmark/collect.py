@@ -51,13 +51,14 @@ class Result:
     """Of the files that were read, by their name in the folder."""
 
 
-def collect(grid: Grid, run: Run, tolerance_mm: float, earlier: dict[str, str]) -> Result:
+def collect(grid: Grid, run: Run, tolerance_mm: float, earlier: dict[str, str], last: dict[str, str]) -> Result:
     """Read and check one run.
 
     Args:
         grid, run: which.
         tolerance_mm: of the surface Dice.
         earlier: ``Result.sha256`` of the first report that saw the run; empty if there was none.
+        last: that of the last report.
     """
     folder, data = fold_folder(grid, run), preprocessed_folder(run.dataset)
     split = read_json(data / SPLITS_FILE)[split_index(data, run.fold, run.labels, run.seed)]
@@ -75,7 +76,7 @@ def collect(grid: Grid, run: Run, tolerance_mm: float, earlier: dict[str, str]) 
         check_archive(result, earlier)
         summary = read_json(folder / SUMMARY)
         check_summary(summary, split["val"], result)
-        add_scores(summary, split["val"], data, tolerance_mm, earlier, result)
+        add_scores(summary, split["val"], data, tolerance_mm, last, result)
     except (ValueError, KeyError, TypeError, OSError) as error:
         result.problems.append(f"unreadable: {error!r}")
     if result.problems:
@@ -140,7 +141,7 @@ def add_scores(
     val: list[str],
     data: Path,
     tolerance_mm: float,
-    earlier: dict[str, str],
+    last: dict[str, str],
     result: Result,
 ) -> None:
     """Fill in the scores; the Dice of summary.json must be that of the predictions."""
@@ -148,8 +149,8 @@ def add_scores(
     names = {str(tuple(v) if isinstance(v, list) else v): name for name, v in dataset["labels"].items()}
     labels = sorted(summary["mean"], key=list(names).index)
     file = result.folder / SURFACE_FILE
-    if not is_archived(result.folder) and file.is_file() and file_sha256(file) != earlier.get(SURFACE_FILE):
-        file.unlink()  # not what a report wrote last; the predictions are there to measure again
+    if not is_archived(result.folder) and file.is_file() and last.get(SURFACE_FILE, now := file_sha256(file)) != now:
+        file.unlink()  # not as the last report left it; the predictions are there to measure again
     surface = surface_scores(result.folder, sorted(val), labels, data / "gt_segmentations", tolerance_mm)
     for entry in summary["metric_per_case"]:
         case = case_name(entry, dataset["file_ending"])

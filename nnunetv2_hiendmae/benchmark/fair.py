@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from typing import Any
 
 from nnunetv2_hiendmae.architectures.vit import ENCODERS
-from nnunetv2_hiendmae.benchmark.arms import DEFAULTS, plans_name, trainer_class
+from nnunetv2_hiendmae.benchmark.arms import DEFAULTS, trainer_class
 from nnunetv2_hiendmae.benchmark.grid import Arm, Grid
 from nnunetv2_hiendmae.intensity import DEFAULT_WINDOW
+from nnunetv2_hiendmae.settings import FineTuneSettings
 from nnunetv2_hiendmae.trainer import nnUNetTrainerHiEndMAE
 from nnunetv2_hiendmae.weights import find_weights, load_weights
 
@@ -45,6 +47,21 @@ def with_choices_fixed(grid: Grid) -> Grid:
     return replace(grid, arms=tuple(arms))
 
 
+def other_encoders(grid: Grid) -> list[str]:
+    """A line for each scratch arm that is no control, as its encoder or window is that of no pre-trained arm."""
+    ours = [arm for arm in grid.arms if issubclass(trainer_class(arm.trainer), nnUNetTrainerHiEndMAE)]
+    files = dict.fromkeys(arm.weights for arm in ours if arm.weights is not None)
+    encoders = [(w.architecture, tuple(w.window_hu)) for w in map(load_weights, files)]
+    lines = []
+    for arm in ours:
+        settings = FineTuneSettings(**arm.settings).resolved_scratch()
+        if encoders and arm.weights is None and (settings.encoder, tuple(settings.window_hu or ())) not in encoders:
+            lines.append(
+                f"Arm {arm.name} has another encoder or HU window than the pre-trained arms; it is no control."
+            )
+    return lines
+
+
 def is_open(arm: Arm) -> bool:
     """Whether the trainer would look for weights itself."""
     return arm.weights is None and bool(getattr(trainer_class(arm.trainer), "pretrained", False))
@@ -63,7 +80,7 @@ def encoder_settings(arm: Arm) -> dict[str, Any]:
 
 def check_fair(grid: Grid) -> None:
     """``ValueError`` for a grid that cannot be trained as it says; names the arm and the mend."""
-    models: dict[tuple[str, str], str] = {}
+    models: dict[str, str] = {}
     for arm in grid.arms:
         cls = trainer_class(arm.trainer)
         ours = issubclass(cls, nnUNetTrainerHiEndMAE)
@@ -78,7 +95,7 @@ def check_fair(grid: Grid) -> None:
             raise ValueError(
                 f"Arm {arm.name}: {arm.trainer} reads no settings ({', '.join(arm.settings)}); remove them."
             )
-        other = models.setdefault((arm.trainer, plans_name(grid, arm)), arm.name)
+        other = models.setdefault(json.dumps({**asdict(arm), "name": None}, sort_keys=True), arm.name)
         if other != arm.name:
             raise ValueError(f"The arms {other} and {arm.name} are the same; take one out of the grid.")
     if "2d" in grid.configurations and (grid.budget or grid.patch_size or grid.batch_size):

@@ -58,7 +58,10 @@ def report(grid: Grid, folder: Path, tolerance_mm: float) -> list[str]:
     """Write the report into ``folder``; returns one line for each run that is missing or changed."""
     file = folder / PROVENANCE_FILE
     earlier = read_json(file)["runs"] if file.is_file() else {}
-    results = [collect(grid, run, tolerance_mm, earlier.get(run.name, {}).get("first_seen", {})) for run in grid.runs()]
+    results = []
+    for run in grid.runs():
+        seen = earlier.get(run.name, {})
+        results.append(collect(grid, run, tolerance_mm, seen.get("first_seen", {}), seen.get("files_sha256", {})))
     made = comparisons(grid, results)
     tables = [
         status_table(results),

@@ -13,7 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_hiendmae.benchmark.arms import configuration_of, fold_folder, plans_file, train_command
+from nnunetv2_hiendmae.architectures.vit import ViTConfig
+from nnunetv2_hiendmae.benchmark.arms import (
+    PRETRAINED_SHA256,
+    configuration_of,
+    fold_folder,
+    plans_file,
+    train_command,
+)
 from nnunetv2_hiendmae.benchmark.grid import Grid, Run
 from nnunetv2_hiendmae.benchmark.record import (
     FINAL,
@@ -29,7 +36,7 @@ from nnunetv2_hiendmae.benchmark.record import (
 from nnunetv2_hiendmae.benchmark.splits import SPLITS_FILE, split_index, split_sha256
 from nnunetv2_hiendmae.folders import preprocessed_folder, read_json
 from nnunetv2_hiendmae.lock import alone_in
-from nnunetv2_hiendmae.settings import BLOCK
+from nnunetv2_hiendmae.settings import BLOCK, FineTuneSettings
 
 CHECKPOINTS = ("checkpoint_latest.pth", "checkpoint_best.pth")  # of a training that was interrupted
 
@@ -64,13 +71,20 @@ def trained_otherwise(grid: Grid, run: Run) -> str | None:
 
     The trainer fills in what the plans' ``hiendmae`` block leaves open, so the saved block may hold more.
     """
-    file = fold_folder(grid, run).parent / "plans.json"
-    saved, wanted = (configuration_of(f, run.configuration) for f in (file, plans_file(grid, run)))
+    files = fold_folder(grid, run).parent / "plans.json", plans_file(grid, run)
+    saved, wanted = (configuration_of(file, run.configuration) for file in files)
     rest = [{k: v for k, v in configuration.items() if k != BLOCK} for configuration in (saved, wanted)]
-    block = saved.get(BLOCK, {})
-    if rest[0] == rest[1] and all(block.get(k) == v for k, v in wanted.get(BLOCK, {}).items()):
+    weights = [read_json(file).get(PRETRAINED_SHA256) for file in files]
+    blocks = [configuration.get(BLOCK, {}) for configuration in (saved, wanted)]
+    given = [{**{k: b.get(k) for k in blocks[1]}, "architecture": encoder_of(b, blocks[1])} for b in blocks]
+    if rest[0] == rest[1] and weights[0] == weights[1] and given[0] == given[1]:
         return None
     return "it was made with other plans than the grid has now"
+
+
+def encoder_of(block: dict[str, Any], wanted: dict[str, Any]) -> ViTConfig | None:
+    """The encoder that a block asks for by name or numbers; None if the wanted one leaves it open."""
+    return FineTuneSettings(architecture=block.get("architecture")).encoder if "architecture" in wanted else None
 
 
 def stale(record: RunRecord, expected: RunRecord) -> str | None:
@@ -89,6 +103,14 @@ def perform(grid: Grid, run: Run, logs: Path) -> None:
         ValueError: the run folder holds another run than the grid asks for, or another process is at work in it.
     """
     folder = fold_folder(grid, run)
+    record = read_record(folder)
+    if (
+        record
+        and record.summary_sha256
+        and state_of(folder) == "finished"
+        and not stale(record, expected_record(grid, run))
+    ):
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder, "Wait for its end."):
         perform_alone(grid, run, folder, logs)
@@ -106,6 +128,8 @@ def perform_alone(grid: Grid, run: Run, folder: Path, logs: Path) -> None:
     if state == "finished" and record and record.summary_sha256:
         return
     memory: dict[str, float | None] = {}
+    if state == "new":
+        check_pretrained(grid, run)
     if state != "finished":
         write_record(folder, record or expected)
         command = train_command(grid, run)
@@ -116,6 +140,13 @@ def perform_alone(grid: Grid, run: Run, folder: Path, logs: Path) -> None:
         if state_of(folder) != "finished":
             raise RuntimeError(f"'{shlex.join(command)}' ended without {folder / SUMMARY}.")
     write_record(folder, replace(record or expected, **measure(folder), **larger(record, memory)))
+
+
+def check_pretrained(grid: Grid, run: Run) -> None:
+    """``ValueError`` if the file of ``-pretrained_weights`` is no longer the one that was planned."""
+    planned = read_json(plans_file(grid, run)).get(PRETRAINED_SHA256)
+    if planned is not None and file_sha256(Path(str(run.arm.weights))) != planned:
+        raise ValueError(f"{run.arm.weights} is not the file that was planned (sha256 {planned}). Plan again.")
 
 
 def larger(record: RunRecord | None, memory: dict[str, float | None]) -> dict[str, Any]:
