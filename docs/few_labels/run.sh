@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The comparison of docs/experiments.md, section 4, from raw data to the report. Two CPU cores:
-# nine hours or less, reckoned from its parts; it was not run in one go.
+# ten hours or less, reckoned from its parts; it was not run in one go.
 #
 #   export nnUNet_raw=... nnUNet_preprocessed=... nnUNet_results=...     with Dataset500 and Dataset501 in nnUNet_raw
 #   cd a folder to work in; bash .../docs/few_labels/run.sh
@@ -37,7 +37,7 @@ pretrain hi10k hierarchical 10000
 pretrain mae10k self_attention 10000
 
 # 3. 4 arms × 1, 4, 16 labels × 3 label subsets; 4 arms × 4 labels × 3 subsets for three times as long; and so long,
-#    with augmentation and the longer pre-trainings, 4 arms × 1, 4 labels × 3 subsets. Two trainings at a time.
+#    with augmentation and the longer pre-trainings, 5 arms × 1, 4 labels × 3 subsets. Two trainings at a time.
 #    The reports name what failed or is missing, and the script then ends with 1.
 export OMP_NUM_THREADS=1 nnUNet_def_n_proc=1 nnUNet_n_proc_DA=0 # only from here on: nnU-Net's planning refuses 0
 compare() { # folder, grid
