@@ -32,6 +32,7 @@ def test_all_is_well(world: World, pretrained: Path) -> None:
     assert "nnU-Net finds nnUNetTrainerHiEndMAE through" in report
 
 
+@pytest.mark.slow
 def test_problems_and_their_mends(world: World, tmp_path: Path) -> None:
     for kind in ("preprocessed", "results"):
         (tmp_path / kind).mkdir()

@@ -48,6 +48,7 @@ def ct_pet(tmp_path_factory: pytest.TempPathFactory) -> World:
     return world
 
 
+@pytest.mark.slow
 def test_channels_regions_ignore(ct_pet: World, pretrained: Path) -> None:
     command = TRAIN.format(dataset=902, configuration="3d_fullres", fold=0, plans="nnUNetPlans_hiendmae")
     log = ct_pet.run(command, HIENDMAE_WEIGHTS=str(pretrained))
@@ -61,6 +62,7 @@ def test_channels_regions_ignore(ct_pet: World, pretrained: Path) -> None:
     assert predicted.shape == sitk.GetArrayFromImage(sitk.ReadImage(str(next(images.glob("*_0001*"))))).shape
 
 
+@pytest.mark.slow
 def test_pretraining_refuses_channels_without_hu(ct_pet: World) -> None:
     log = ct_pet.run("hiendmae_pretrain -d 902 -preset tiny -device cpu -steps 2", ok=False)
     assert "are not all CT normalisations; their intensities have no HU" in log and "Traceback" not in log

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -109,16 +108,14 @@ def plan_verb(args: argparse.Namespace) -> int:
 
 def run_verb(args: argparse.Namespace) -> int:
     """Run what is not finished; 1 if a run failed."""
-    from nnunetv2_hiendmae.benchmark.run import run_part
+    from nnunetv2_hiendmae.benchmark.run import ends_as_ctrl_c, run_part
 
-    # As Ctrl-C: the training at hand must not go on without the process that records it.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores the second
-            signal.signal(number, signal.default_int_handler)
     check_count("-num_parts", args.num_parts)
     if not 0 <= args.part_id < args.num_parts:
         raise ValueError(f"-part_id {args.part_id} must be 0 to {args.num_parts - 1} (-num_parts {args.num_parts}).")
-    failures = run_part(read_grid(args.o / GRID_FILE), args.part_id, args.num_parts, args.o / "logs")
+    grid = read_grid(args.o / GRID_FILE)
+    with ends_as_ctrl_c():
+        failures = run_part(grid, args.part_id, args.num_parts, args.o / "logs")
     for line in failures:
         print(f"FAILED {line}", file=sys.stderr)
     return 1 if failures else 0

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -202,6 +204,20 @@ def sample_gpu(samples: list[float], done: threading.Event) -> None:
         if answer.returncode or not answer.stdout.strip().isdigit():
             return
         samples.append(float(answer.stdout))
+
+
+@contextmanager
+def ends_as_ctrl_c() -> Iterator[None]:
+    """SIGTERM and SIGHUP as KeyboardInterrupt: no training goes on without the process that records it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler == signal.SIG_DFL:  # nohup ignores the second
+            signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_part(grid: Grid, part_id: int, num_parts: int, logs: Path) -> list[str]:
