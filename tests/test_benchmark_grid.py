@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from nnunetv2_hiendmae.benchmark.arms import default_arms, replaced_methods
 from nnunetv2_hiendmae.benchmark.cli import parser
 from nnunetv2_hiendmae.benchmark.grid import Arm, Grid, read_grid
+from nnunetv2_hiendmae.benchmark.run import ends_as_ctrl_c
 
 ARMS = (
     Arm(name="a", trainer="nnUNetTrainer"),
@@ -76,6 +78,14 @@ def test_plan_has_a_flag_for_every_field() -> None:
     short = {"datasets": "d", "configurations": "c", "folds": "f"}
     args = vars(parser().parse_args(["plan", "-o", "x"]))
     assert {short.get(f.name, f.name) for f in fields(Grid)} <= set(args)
+
+
+def test_signals_are_given_back() -> None:
+    """A handler that stays would be inherited by every process that is forked later, and keep it from ending."""
+    before = signal.getsignal(signal.SIGTERM)
+    with ends_as_ctrl_c():
+        assert signal.getsignal(signal.SIGTERM) == signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_default_arms_train_as_nnunet_ships_them() -> None:
