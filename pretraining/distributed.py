@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -26,11 +26,9 @@ def timeout() -> timedelta:
     ``ValueError`` if ``HIENDMAE_TIMEOUT_MINUTES`` is no positive number.
     """
     minutes = os.environ.get("HIENDMAE_TIMEOUT_MINUTES", "15")
-    try:
+    with suppress(ValueError, OverflowError):
         if float(minutes) > 0:
             return timedelta(minutes=float(minutes))
-    except (ValueError, OverflowError):
-        pass
     raise ValueError(f"The environment variable HIENDMAE_TIMEOUT_MINUTES is '{minutes}'; it must be a number above 0.")
 
 

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,27 +78,6 @@ def test_a_killed_loader_process_ends_the_run(world: World) -> None:
     assert "is killed by signal" in told or "exited unexpectedly" in told or "A loader process was lost" in told
     assert told.endswith("Continue from the last checkpoint with --c.")
     assert (world.root / RUNS / "loader" / "checkpoint_latest.pth").is_file()
-
-
-KILLED = {
-    "loader processes that are just being started": """
-        from pretraining.stream import MicroBatches, train_loader
-        batches = iter(train_loader(range(9), MicroBatches(0, 1, 2), 2, False))
-    """,
-    "a pool that waits for work": """
-        from pretraining.processes import process_pool
-        pool = process_pool(2)
-        print([pool.submit(os.getpid).result() for _ in range(4)])
-    """,
-}
-
-
-@pytest.mark.parametrize("what", KILLED)
-def test_nothing_outlives_a_killed_process(what: str) -> None:
-    """What it started would keep the run's lock, its memory, and the pipe that is read here until nobody holds it."""
-    code = "import os" + textwrap.dedent(KILLED[what]) + "os.kill(os.getpid(), 9)"
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=False, timeout=60)
-    assert done.returncode == -signal.SIGKILL
 
 
 def test_two_runs_in_one_folder(world: World) -> None:
