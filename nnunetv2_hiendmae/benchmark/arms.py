@@ -114,9 +114,9 @@ def plans_name(grid: Grid, arm: Arm) -> str:
 
 def needs_block(arm: Arm) -> bool:
     """Whether the arm's weights go into the plans (Hi-End-MAE) instead of nnU-Net's ``-pretrained_weights``."""
-    cls = trainer_class(arm.trainer)
     if arm.weights is None:
         return False
+    cls = trainer_class(arm.trainer)
     if issubclass(cls, nnUNetTrainerHiEndMAE) and not cls.pretrained:
         raise ValueError(f"Arm {arm.name}: {arm.trainer} takes no weights.")
     return issubclass(cls, nnUNetTrainerHiEndMAE)
