@@ -64,7 +64,7 @@ def field_docs(cls: type) -> dict[str, str]:
     """The string below each field, as editors show it."""
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(body, ast.ClassDef)
-    found = {}
+    found = field_docs(cls.__base__) if cls.__base__ is not object else {}
     for statement, following in zip(body.body, body.body[1:], strict=False):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             value = following.value if isinstance(following, ast.Expr) else None

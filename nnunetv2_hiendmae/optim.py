@@ -10,8 +10,12 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from nnunetv2_hiendmae.architectures.encoder import EncoderConfig
+
+ENCODER = "vit."
+"""Prefix of the encoder's parameters in a segmentation network."""
 # Learned tokens and positions are no weight matrices: like biases and norms they are not decayed.
-NO_DECAY = ("cls_token", "mask_token", "pos_embed")
+NO_DECAY = ("cls_token", "mask_token", "pos_embed", "register_tokens")
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
@@ -37,30 +41,24 @@ def decay_groups(
     ]
 
 
-def layer_decay_groups(network: nn.Module, depth: int, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Groups of a ``HiEndMAEUNETR``: the decoder at scale 1, ViT layers at ``layer_decay^(distance to the decoder)``.
+def layer_decay_groups(
+    network: nn.Module, encoder: EncoderConfig, weight_decay: float, layer_decay: float
+) -> list[dict[str, Any]]:
+    """Groups of a segmentation network: the decoder at scale 1, encoder layers at ``layer_decay^(distance to it)``.
 
-    Each group has ``lr_scale`` and ``is_encoder``. Layer 0 is the embedding, i + 1 is block i, depth + 1 the final
-    norm. The decoder comes first: nnU-Net logs the learning rate of the first group.
+    Each group has its ``lr_scale``. Layer 0 is the embedding, i + 1 is block i, depth + 1 the final norm. The decoder
+    comes first: nnU-Net logs the learning rate of the first group.
     """
+    depth = encoder.depth
     layers: dict[int, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in network.named_parameters():
-        layers.setdefault(layer_of(name, depth), []).append((name, parameter))
+        layer = encoder.layer_of(name.removeprefix(ENCODER)) if name.startswith(ENCODER) else depth + 2
+        layers.setdefault(layer, []).append((name, parameter))
     groups = []
     for layer in sorted(layers, reverse=True):
         scale = layer_decay ** (depth + 2 - layer)
-        groups += decay_groups(layers[layer], weight_decay, lr_scale=scale, is_encoder=layer <= depth + 1)
+        groups += decay_groups(layers[layer], weight_decay, lr_scale=scale)
     return groups
-
-
-def layer_of(name: str, depth: int) -> int:
-    """Layer index of a ``HiEndMAEUNETR`` parameter, 0 (embedding) to depth + 2 (decoder)."""
-    module = name.split(".")
-    if module[0] != "vit":
-        return depth + 2
-    if module[1] == "blocks":
-        return int(module[2]) + 1
-    return depth + 1 if module[1] == "norm" else 0
 
 
 def warmup_cosine(position: float, total: float, warmup: float) -> float:
@@ -71,15 +69,6 @@ def warmup_cosine(position: float, total: float, warmup: float) -> float:
     if position < warmup:
         return position / warmup
     return 0.5 * (1 + math.cos(math.pi * (position - warmup) / (total - warmup)))
-
-
-def warmup_cosine_epochs(epoch: int, total: int, warmup: int) -> float:
-    """Published fine-tuning schedule, as a factor on the peak, for epochs 0 to ``total`` - 1.
-
-    It counts the warm-up from 0 to 1 over ``warmup`` epochs inclusive, so epoch 0 learns nothing and epochs
-    ``warmup`` - 1 and ``warmup`` are both at the peak. Our trainer uses ``warmup_poly``; this is for comparison runs.
-    """
-    return epoch / (warmup - 1) if epoch < warmup else warmup_cosine(epoch, total, warmup)
 
 
 def warmup_poly(epoch: int, total: int, warmup: int) -> float:
@@ -97,10 +86,8 @@ class FineTuneSchedule:
     initial_lr: float
     num_epochs: int
     warmup_epochs: int
-    frozen_epochs: int
 
     def step(self, epoch: int) -> None:
         factor = warmup_poly(epoch, self.num_epochs, self.warmup_epochs)
         for group in self.optimizer.param_groups:
-            frozen = group["is_encoder"] and epoch < self.frozen_epochs
-            group["lr"] = 0.0 if frozen else self.initial_lr * factor * group["lr_scale"]
+            group["lr"] = self.initial_lr * factor * group["lr_scale"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from itertools import pairwise
 from pathlib import Path
@@ -10,16 +11,19 @@ from typing import Any
 import torch
 from nnunetv2.paths import nnUNet_preprocessed
 
-from nnunetv2_hiendmae.folders import results_folder
-from nnunetv2_hiendmae.weights import WEIGHTS_FILE, atomic_file, load_tensors, save_weights
+from nnunetv2_hiendmae.files import atomic_file, read_json, results_folder
+from nnunetv2_hiendmae.weights.file import WEIGHTS_FILE, load_tensors, non_finite, save_weights
 from pretraining.config import RunConfig, plain
-from pretraining.corpus import Corpus
+from pretraining.data.corpus import Corpus
+from pretraining.data.fingerprints import fingerprints_of
 from pretraining.model import HiEndMAE
-from pretraining.provenance import read_provenance
+from pretraining.prepare.provenance import read_provenance
 
 LATEST = "checkpoint_latest.pth"
 FINAL = "checkpoint_final.pth"
+MUST_BE_FINITE = ("network_weights", "optimizer_state")
 KEYS = {"network_weights", "optimizer_state", "grad_scaler_state", "step", "config"}
+ANCESTRY = "ancestry.json"
 OLDER = "checkpoint_older_{}.pth"
 """1 is the one before the latest."""
 
@@ -35,8 +39,26 @@ def run_folder(dataset: str, plans: str, configuration: str, run: str) -> Path:
     return results_folder() / dataset / f"HiEndMAE__{plans}__{configuration}" / run
 
 
+def open_run(folder: Path, resume: bool) -> None:
+    """Make the run's folder. ``ValueError`` if there is nothing to continue, or something to lose."""
+    exists = any((folder / name).is_file() for name in (LATEST, FINAL))
+    if resume and not exists and not any(folder.glob(OLDER.format("*"))):
+        raise ValueError(f"--c: {folder} has no checkpoint to continue from. Leave --c out to start the run.")
+    if exists and not resume:
+        raise ValueError(f"{folder} holds a run already. Continue it with --c, or choose another name with -run.")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint atomically. ``OSError`` if it cannot be written; an older one of that name then stays."""
+    """Write a checkpoint atomically; if that fails, an older one of that name stays.
+
+    Raises:
+        OSError: it cannot be written.
+        FloatingPointError: weights or optimizer state are not finite; names a tensor.
+    """
+    bad = non_finite({key: state[key] for key in MUST_BE_FINITE})
+    if bad:
+        raise FloatingPointError(f"{bad} is not finite after step {state['step']}; {path.name} was not written")
     try:
         with atomic_file(path) as file:
             torch.save(state, file)
@@ -67,25 +89,49 @@ def remove_intermediate(folder: Path) -> None:
 def load_checkpoint(folder: Path) -> dict[str, Any]:
     """The run's newest checkpoint that can be read.
 
-    A damaged one is reported and passed over for the one before it.
+    A damaged one, or one that is not finite, is reported and passed over for the one before it.
 
     Raises:
-        ValueError: there is none, or all are damaged.
+        ValueError: there is none, or all are damaged or not finite.
     """
     files = [folder / FINAL, folder / LATEST, *sorted(folder.glob(OLDER.format("*")))]
     problems = []
     for file in filter(Path.is_file, files):
         try:
-            checkpoint = load_tensors(file)
-            if not isinstance(checkpoint, dict) or not set(checkpoint) >= KEYS:
-                raise ValueError(f"{file} is no checkpoint of hiendmae_pretrain.")
+            checkpoint = checked(load_tensors(file), file)
         except ValueError as error:
             problems.append(str(error))
             continue
         for problem in problems:
             print(f"WARNING: {problem} Continuing from {file.name}, step {checkpoint['step']}.", flush=True)
         return checkpoint
-    raise ValueError(" ".join(problems) or f"{folder} has no checkpoint.")
+    raise ValueError(" ".join([*problems, f"{folder} has no sound checkpoint."]))
+
+
+def is_checkpoint(content: Any) -> bool:
+    """Whether a file's content is that of a pre-training."""
+    return isinstance(content, dict) and set(content) >= KEYS
+
+
+def checked(content: Any, file: Path) -> dict[str, Any]:
+    """The content of a checkpoint. ``ValueError`` if it is none, or not finite."""
+    if not is_checkpoint(content):
+        raise ValueError(f"{file} is no checkpoint of hiendmae_pretrain.")
+    bad = non_finite({key: content[key] for key in MUST_BE_FINITE})
+    if bad:
+        raise ValueError(f"{file} holds values that are not finite ({bad}).")
+    return content
+
+
+def write_ancestry(folder: Path, ancestry: list[dict[str, Any]]) -> None:
+    """Keep what a run started from in its folder until the weights are exported, through interruptions."""
+    with atomic_file(folder / ANCESTRY) as stream:
+        stream.write(json.dumps(ancestry, indent=2).encode())
+
+
+def read_ancestry(folder: Path, config: RunConfig) -> list[dict[str, Any]]:
+    """What the run in a folder started from, nearest first; empty if from random weights."""
+    return read_json(folder / ANCESTRY) if config.init is not None else []
 
 
 def refuse_other_config(saved: dict[str, Any], config: RunConfig) -> None:
@@ -112,20 +158,49 @@ def provenance_of(dataset: str) -> dict[str, Any] | None:
     return read_provenance(Path(str(nnUNet_preprocessed)) / dataset) if nnUNet_preprocessed.is_set() else None
 
 
-def export_encoder(folder: Path, model: HiEndMAE, config: RunConfig, corpus: Corpus) -> str:
-    """Write the encoder with its header as a weights file; returns the sha256. Its presence marks the run finished."""
+def positions_of(model: HiEndMAE) -> dict[str, Any]:
+    """What the header says of the encoder's position embedding."""
+    if model.config.encoder.positions not in model.encoder.state_dict():
+        return {"pos_embed": "sincos"}
+    return {"pos_embed": "learned", "pos_embed_grid": plain(model.config.grid)}
+
+
+def weights_name(config: RunConfig, step: int) -> str:
+    """Name of the weights file after ``step``: that of a finished run is found by itself, another is not."""
+    return WEIGHTS_FILE if step == config.steps else f"encoder_weights_step_{step}.pth"
+
+
+def with_ancestors(patients: dict[str, list[str]], ancestry: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """The cases that the weights saw, by data set: the run's own, and those of what it started from."""
+    found = dict(patients)
+    for origin in ancestry:
+        for name, fingerprints in (origin.pop("patients", None) or {}).items():
+            found[name] = sorted({*found.get(name, []), *fingerprints})
+    return found
+
+
+def export_encoder(folder: Path, model: HiEndMAE, config: RunConfig, corpus: Corpus, step: int) -> str:
+    """Write the encoder after ``step`` with its header as a weights file; returns the sha256.
+
+    ``encoder_weights.pth`` marks the run finished; the header of another says ``unfinished``.
+    """
+    ancestry = read_ancestry(folder, config)
     header = {
         "architecture": config.model.encoder.to_dict(),
-        "pos_embed": "sincos",
+        **positions_of(model),
         "window_hu": plain(config.window_hu),
         "img_size": plain(config.model.img_size),
         "spacing": {d.name: plain(d.spacing) for d in corpus.datasets},
         "datasets": [{"name": d.name, "cases": d.num_cases} for d in corpus.datasets],
-        "steps": config.steps,
+        "steps": step,
+        **({"unfinished": f"step {step} of {config.steps}"} if step < config.steps else {}),
+        "recipe": {name: getattr(config, name) for name in ("base_lr", "warmup_steps", "weight_init", "recipe")},
         "batch_size": config.batch_size,
         "decoder": config.model.decoder,
         "provenance": [m for m in (provenance_of(d.name) for d in corpus.datasets) if m is not None],
-        "licence": "that of the training data; not stated",
+        "patients": with_ancestors(fingerprints_of(corpus, config.window_hu), ancestry),
+        "ancestry": ancestry,
+        "licence": f"that of the training data{' and of what it started from (ancestry)' * bool(ancestry)}; not stated",
     }
     encoder = {name: tensor.cpu() for name, tensor in model.encoder.state_dict().items()}
-    return save_weights(folder / WEIGHTS_FILE, encoder, header)
+    return save_weights(folder / weights_name(config, step), encoder, header)

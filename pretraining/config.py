@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-from nnunetv2_hiendmae.architectures.vit import ENCODERS, MAX_TOKENS, ViTConfig
-from nnunetv2_hiendmae.command import check_count
+from nnunetv2_hiendmae.architectures.encoder import MAX_TOKENS, EncoderConfig
+from nnunetv2_hiendmae.architectures.kinds import ENCODERS, encoder_config
+from nnunetv2_hiendmae.checks import Size, check_count
 from nnunetv2_hiendmae.intensity import DEFAULT_WINDOW, Window, check_window
 from pretraining.masking import num_visible
 
-Size = tuple[int, int, int]
-
 PRECISIONS = ("fp32", "bf16", "fp16")
+WEIGHT_INITS = ("published", "small")
 DECODERS = ("hierarchical", "last_layer", "self_attention")
 
 
@@ -29,7 +29,7 @@ class ModelConfig:
     in_channels: int
     """Image channels."""
     embed_dim: int
-    """Encoder width E; divisible by 6 and by ``num_heads``."""
+    """Encoder width E; divisible by 6 and by ``num_heads`` (``primus``: by 6 · ``num_heads``)."""
     depth: int
     """Encoder blocks."""
     num_heads: int
@@ -50,6 +50,10 @@ class ModelConfig:
     """``hierarchical``: each cross-attention block queries its tap (published). Controls that take the method's two
     ideas away one by one: ``last_layer``: all query the encoder's final output; ``self_attention``: none queries,
     ``len(taps)`` further self-attention blocks take their place (a plain MAE)."""
+    kind: str = "vit"
+    """Kind of encoder: ``vit`` (published) or ``primus`` (nnU-Net's)."""
+    encoder_options: dict[str, Any] = field(default_factory=dict)
+    """Fields of the kind's architecture that the others do not have."""
 
     def __post_init__(self) -> None:
         for name in ("img_size", "patch_size", "taps"):
@@ -75,9 +79,9 @@ class ModelConfig:
             )
 
     @property
-    def encoder(self) -> ViTConfig:
+    def encoder(self) -> EncoderConfig:
         """The part that fine-tuning keeps."""
-        return ViTConfig(**{f.name: getattr(self, f.name) for f in fields(ViTConfig)})
+        return encoder_config({**self.encoder_options, **{name: getattr(self, name) for name in EncoderConfig.names()}})
 
     @cached_property
     def grid(self) -> Size:
@@ -126,14 +130,20 @@ class RunConfig:
     """Bits a voxel of a packed corpus (8 or 16); 0: nnU-Net's .b2nd files."""
     window_hu: Window = DEFAULT_WINDOW
     """HU range scaled to [0, 1]."""
+    init: str | None = None
+    """Run folder, checkpoint or weights file to start from; None: random weights."""
     crops_per_case: int = 1
     """Consecutive crops taken from one case before the next; published: 8."""
     body_fraction: float = 0.75
     """Share of crops centred on tissue, the others anywhere; published: 6 of 8."""
     base_lr: float = 1e-4
     """Peak learning rate; published: 1e-4."""
-    warmup_fraction: float = 0.01
-    """Share of the steps for linear warm-up; published: 10 of 1000 epochs."""
+    warmup_steps: float = 0.0
+    """Steps of linear warm-up; published: 10 of 1000 epochs, 1 % of the steps."""
+    weight_init: str = "published"
+    """``small``: residual branches and predicted voxels start smaller than published (``pretraining/recipe.py``)."""
+    recipe: str = ""
+    """Why rate, warm-up and initialisation are what they are, where the user left them open."""
     weight_decay: float = 0.05
     """Decoupled weight decay; published: 0.05."""
     decay_all: bool = False
@@ -145,21 +155,27 @@ class RunConfig:
     augment: bool = True
     """Flips, axial 90-degree rotations, intensity scale and shift."""
     val_every: int = 100
-    """Steps between held-out reconstruction losses and checkpoints."""
+    """Steps between held-out reconstruction losses."""
     log_every: int = 10
     """Steps that a line of metrics.jsonl averages."""
     preview_epochs: int = 10
     """Passes over the cases between pictures of held-out reconstructions; 0: none."""
+    probe: str | None = None
+    """Labelled nnU-Net data set that the encoder's tokens are probed on; None: no probe."""
+    probe_plans: str | None = None
+    """Its plans; None: those of the run, or the default ones on packed data."""
+    probe_every: int = 500
+    """Steps between probes; there is one before the first step and one after the last."""
     seed: int = 41
     """Of weights, case order, crops, augmentation and masks."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "datasets", tuple(self.datasets))
         object.__setattr__(self, "window_hu", tuple(self.window_hu))
-        for name in ("steps", "batch_size", "crops_per_case", "val_every", "log_every"):
-            check_count(f"-{name}", getattr(self, name))
+        for name in ("steps", "batch_size", "crops_per_case", "val_every", "log_every", "probe_every"):
+            check_count(name, getattr(self, name))
         for name in ("preview_epochs", "seed"):
-            check_count(f"-{name}", getattr(self, name), 0)
+            check_count(name, getattr(self, name), 0)
         if not 0 <= self.grad_clip < math.inf:
             raise ValueError(f"grad_clip={self.grad_clip} must be a number of at least 0.")
         if self.precision not in PRECISIONS:
@@ -167,8 +183,12 @@ class RunConfig:
         check_window(self.window_hu)
         if not 0 < self.base_lr < math.inf or not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"base_lr={self.base_lr} must be > 0, weight_decay={self.weight_decay} >= 0.")
-        if not 0 <= self.body_fraction <= 1 or not 0 <= self.warmup_fraction < 1:
-            raise ValueError(f"body_fraction={self.body_fraction}, warmup_fraction={self.warmup_fraction}: not shares.")
+        if not 0 <= self.body_fraction <= 1:
+            raise ValueError(f"body_fraction={self.body_fraction} must be a share of the crops.")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps:g} must be at least 0 and below steps={self.steps}.")
+        if self.weight_init not in WEIGHT_INITS:
+            raise ValueError(f"Unknown weight_init='{self.weight_init}'; known: {', '.join(WEIGHT_INITS)}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (JSON and ``torch.load(weights_only=True)`` safe)."""
@@ -176,7 +196,10 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
-        """Inverse of ``to_dict``."""
+        """Inverse of ``to_dict``; also of what earlier versions wrote."""
+        if "warmup_fraction" in values:
+            values = {**values, "warmup_steps": values["warmup_fraction"] * values["steps"]}
+            del values["warmup_fraction"]
         return cls(**{**values, "model": ModelConfig(**values["model"])})
 
 
@@ -194,25 +217,28 @@ class Runtime:
     """Keep block inputs only and compute the rest again in the backward pass: less memory, about a third more time."""
     compile: bool = False
     """torch.compile the model."""
+    checkpoint_minutes: float = 10.0
+    """Between checkpoints, which are written while training goes on; 0: as soon as the last one is written."""
     keep_checkpoints: int = 2
     """Latest checkpoints on disk."""
+    stop_on_plateau: bool = False
+    """End a run that does not learn, with exit code 3."""
 
     def __post_init__(self) -> None:
         for name, low in (("num_workers", 0), ("accumulate", 1), ("keep_checkpoints", 1)):
-            check_count(f"-{name}", getattr(self, name), low)
+            check_count(name, getattr(self, name), low)
+        if not 0 <= self.checkpoint_minutes < math.inf:
+            raise ValueError(f"checkpoint_minutes={self.checkpoint_minutes} must be a number of at least 0.")
 
     def micro_batch(self, batch_size: int, world_size: int) -> int:
         """Crops of one forward pass. ``ValueError`` if the batch does not divide."""
         if batch_size % (world_size * self.accumulate):
             raise ValueError(
-                f"-batch_size {batch_size} does not divide into {world_size} GPUs (processes) × "
-                f"{self.accumulate} accumulated micro-batches (-accumulate)."
+                f"batch_size={batch_size} does not divide into {world_size} GPUs (processes) × accumulate="
+                f"{self.accumulate} micro-batches."
             )
         return batch_size // (world_size * self.accumulate)
 
-
-PACKED = "packed"
-"""What runs on packed data have for a plans name."""
 
 BYTES_OF_STATE = 16
 """A parameter, its gradient, and AdamW's two moments, in fp32."""
@@ -229,21 +255,22 @@ def plain(value: Any) -> Any:
 class Preset:
     """Defaults that ``hiendmae_pretrain -preset`` starts from."""
 
-    encoder: ViTConfig
+    encoder: EncoderConfig
     crop_size: Size
     decoder_embed_dim: int
     decoder_num_heads: int
     batch_size: int
     crops_per_case: int
-    base_lr: float
     epochs: int
     """Passes over the cases if neither -steps nor -epochs is given."""
+    is_published: bool = False
+    """At these sizes the run is the authors'."""
 
     def model(self, *, crop_size: Size, patch_size: Size, in_channels: int, **choices: Any) -> ModelConfig:
         """The preset's model for a crop, patch and channels; ``choices`` are further fields of ModelConfig."""
-        encoder = {f.name: getattr(self.encoder, f.name) for f in fields(ViTConfig)}
         return ModelConfig(
-            **{**encoder, "in_channels": in_channels, "patch_size": patch_size},
+            **{**self.encoder.common(), "in_channels": in_channels, "patch_size": patch_size},
+            encoder_options=self.encoder.options(),
             **choices,
             img_size=crop_size,
             decoder_embed_dim=self.decoder_embed_dim,
@@ -253,8 +280,19 @@ class Preset:
 
 
 # The published runs use 24 cases × 8 crops per GPU on 4 GPUs for 1000 epochs; batch_size is one GPU's share.
-PUBLISHED = {"crop_size": (96, 96, 96), "batch_size": 192, "crops_per_case": 8, "base_lr": 1e-4, "epochs": 1000}
+PUBLISHED = {"crop_size": (96, 96, 96), "batch_size": 192, "crops_per_case": 8, "epochs": 1000, "is_published": True}
+# Tokens of 8³ voxels are 1,728 in that crop, 3.4 times those of 12³: a quarter of the crops a step.
+SMALL_TOKENS = {**PUBLISHED, "batch_size": 48, "is_published": False}
 PRESETS: dict[str, Preset] = {
+    "pico": Preset(
+        encoder=ENCODERS["pico"],
+        crop_size=(32, 32, 32),
+        decoder_embed_dim=72,
+        decoder_num_heads=3,
+        batch_size=8,
+        crops_per_case=1,
+        epochs=100,
+    ),
     "nano": Preset(
         encoder=ENCODERS["nano"],
         crop_size=(32, 32, 32),
@@ -262,7 +300,6 @@ PRESETS: dict[str, Preset] = {
         decoder_num_heads=3,
         batch_size=8,
         crops_per_case=1,
-        base_lr=1.5e-3,
         epochs=100,
     ),
     "tiny": Preset(
@@ -272,11 +309,13 @@ PRESETS: dict[str, Preset] = {
         decoder_num_heads=4,
         batch_size=8,
         crops_per_case=1,
-        base_lr=1e-3,
         epochs=100,
     ),
     "small_p12": Preset(encoder=ENCODERS["small_p12"], decoder_embed_dim=192, decoder_num_heads=6, **PUBLISHED),  # type: ignore[arg-type]
     "base_p16": Preset(encoder=ENCODERS["base_p16"], decoder_embed_dim=384, decoder_num_heads=12, **PUBLISHED),  # type: ignore[arg-type]
     "large_p16": Preset(encoder=ENCODERS["large_p16"], decoder_embed_dim=528, decoder_num_heads=16, **PUBLISHED),  # type: ignore[arg-type]
     "large_p12": Preset(encoder=ENCODERS["large_p12"], decoder_embed_dim=528, decoder_num_heads=16, **PUBLISHED),  # type: ignore[arg-type]
+    "primus_s": Preset(encoder=ENCODERS["primus_s"], decoder_embed_dim=192, decoder_num_heads=6, **SMALL_TOKENS),  # type: ignore[arg-type]
+    "primus_b": Preset(encoder=ENCODERS["primus_b"], decoder_embed_dim=384, decoder_num_heads=12, **SMALL_TOKENS),  # type: ignore[arg-type]
+    "primus_m": Preset(encoder=ENCODERS["primus_m"], decoder_embed_dim=432, decoder_num_heads=12, **SMALL_TOKENS),  # type: ignore[arg-type]
 }

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from nnunetv2_hiendmae.weights import atomic_file
+from nnunetv2_hiendmae.files import atomic_file
+from nnunetv2_hiendmae.probe.linear import MEAN
 from pretraining.config import RunConfig
+from pretraining.data.stream import Batch, canonical_crops
 from pretraining.model import HiEndMAE
 from pretraining.preview import draw_reconstructions, plot_progress
-from pretraining.stream import Batch, canonical_crops
 
 METRICS = "metrics.jsonl"
 PREVIEWED = 4
@@ -25,24 +28,41 @@ PREVIEWED = 4
 class Recorder:
     """What the first rank tells: bar, metrics, pictures."""
 
-    def __init__(self, config: RunConfig, start_step: int, folder: Path) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: RunConfig, start_step: int, folder: Path, crop_seconds: float | None) -> None:
+        """``crop_seconds``: that all GPUs would need for a crop at the speed of a matrix product; None on the CPU."""
+        self.config, self.folder, self.crop_seconds = config, folder, crop_seconds
+        self.first, self.started = start_step, time.perf_counter()
         self.log = MetricsLog(folder, start_step, config)
         self.bar = tqdm(total=config.steps, initial=start_step, unit="step", disable=not sys.stderr.isatty())
-        self.steps: list[tuple[float, float, float]] = []
+        self.steps: list[tuple[float, float, float, float]] = []
+        self.go_on()
 
-    def step(self, step: int, loss: float, lr: float, seconds: float, waited: float) -> None:
-        """After each step of so many seconds, the first of which waited for data; a line every ``log_every``."""
-        self.steps.append((loss, seconds, waited))
+    def go_on(self) -> None:
+        """What was done since the last step, such as a validation, is not part of the next one's time."""
+        self.clock = time.perf_counter()
+
+    def step(self, step: int, loss: float, grad_norm: float, lr: float, waited: float) -> None:
+        """After each step, for which the device ``waited`` so many seconds for data; a line every ``log_every``.
+
+        A norm that is not finite stands for a step that fp16's loss scaling skipped; such steps are counted.
+        """
+        self.steps.append((loss, grad_norm, time.perf_counter() - self.clock, waited))
+        self.go_on()
         self.bar.update()
         if step % self.config.log_every and step != self.config.steps:
             return
-        losses, times, waits = zip(*self.steps, strict=True)
+        losses, norms, times, waits = zip(*self.steps, strict=True)
+        finite = [norm for norm in norms if math.isfinite(norm)]
         entry = {"loss": sum(losses) / len(losses), "lr": lr}
+        entry |= {"grad_norm": sum(finite) / len(finite)} if finite else {}
+        entry |= {"skipped_steps": len(norms) - len(finite)} if len(finite) < len(norms) else {}
         entry |= {
             "crops_per_s": len(times) * self.config.batch_size / sum(times),
             "data_wait": sum(waits) / sum(times),
         }
+        entry |= {"of_matrix_product": entry["crops_per_s"] * self.crop_seconds} if self.crop_seconds else {}
+        seconds_a_step = (time.perf_counter() - self.started) / (step - self.first)  # with all that is done between
+        entry["hours_left"] = seconds_a_step * (self.config.steps - step) / 3600
         self.log.log(step=step, **entry)
         self.bar.set_postfix({k: f"{v:.3g}" for k, v in entry.items()})
         self.steps = []
@@ -50,12 +70,31 @@ class Recorder:
     def validation(self, step: int, values: dict[str, float]) -> None:
         """One line at each validation, also where there is no bar."""
         self.log.log(step=step, **values)
-        self.log.plot()
+        self.log.plot_now_and_then()
         self.bar.write(
             f"step {step}/{self.config.steps}: held-out loss {values['val_loss']:.4f} "
             f"(predicting each patch's mean: {values['val_mean_patch_loss']:.4f})",
             file=sys.stdout,
         )
+        sys.stdout.flush()
+        self.go_on()
+
+    def probe(self, step: int, values: dict[str, float]) -> None:
+        """One line at each probe, with the first of the run beside it."""
+        self.log.log(step=step, **values)
+        self.log.plot_now_and_then()
+        first = next(entry for entry in self.log.entries if MEAN in entry)
+        self.bar.write(
+            f"step {step}/{self.config.steps}: probe {values[MEAN]:.3f}, mean Dice of {len(values) - 1} organs "
+            f"(step {first['step']}: {first[MEAN]:.3f})",
+            file=sys.stdout,
+        )
+        sys.stdout.flush()
+        self.go_on()
+
+    def warn(self, problem: str) -> None:
+        """A line that must not be overlooked."""
+        self.bar.write(f"WARNING: {problem}", file=sys.stdout)
         sys.stdout.flush()
 
     def preview(self, step: int, model: HiEndMAE, batch: Batch, device: torch.device) -> None:
@@ -65,9 +104,11 @@ class Recorder:
         file = self.folder / "previews" / f"step_{step:08d}.png"
         file.parent.mkdir(exist_ok=True)
         draw_reconstructions(model, image, ids_shuffle, file)
+        self.go_on()
 
     def close(self) -> None:
         self.bar.close()
+        self.log.plot()
         self.log.close()
 
 
@@ -81,6 +122,7 @@ class MetricsLog:
     def __init__(self, folder: Path, start_step: int, config: RunConfig) -> None:
         self.folder = folder
         self.entries: list[dict[str, Any]] = []
+        self.plotted = self.plot_seconds = 0.0
         file = folder / METRICS
         if start_step and file.is_file():
             lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
@@ -101,9 +143,17 @@ class MetricsLog:
         if self.wandb is not None:
             self.wandb.log(values, step=entry["step"])
 
+    def plot_now_and_then(self) -> None:
+        """Draw ``progress.png``, in at most 1 % of the time, however long a run grows."""
+        if time.monotonic() - self.plotted >= 100 * self.plot_seconds:
+            self.plot()
+
     def plot(self) -> None:
         """Draw ``progress.png``."""
+        started = time.monotonic()
         plot_progress(self.entries, self.folder / "progress.png")
+        self.plotted = time.monotonic()
+        self.plot_seconds = self.plotted - started
 
     def close(self) -> None:
         if self.tensorboard is not None:

@@ -1,4 +1,4 @@
-"""Patches, and which of them the encoder sees.
+"""Patches, which of them the encoder sees, and their values.
 
 Shapes: B batch, C channels, L = gh·gw·gd tokens, V visible, M = L - V masked, P = ph·pw·pd·C.
 """
@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Size = tuple[int, int, int]
+from nnunetv2_hiendmae.checks import Size
+from nnunetv2_hiendmae.intensity import to_canonical
 
 
 def patchify(x: Tensor, patch: Size) -> Tensor:
@@ -51,3 +52,20 @@ def take_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     # Whole rows are copied, which is faster than gather's voxel by voxel.
     first = torch.arange(batch, device=ids.device).unsqueeze(1) * length
     return tokens.reshape(-1, dim).index_select(0, (first + ids).flatten()).view(*ids.shape, dim)
+
+
+def take_canonical(patches: Tensor, ids: Tensor, intensity: Tensor | None) -> Tensor:
+    """Patches ``(B, L, P)`` at ``ids`` ``(B, N)`` as the model sees them: ``(B, N, P)``.
+
+    With an ``intensity`` ``(B, C, 4)`` the patches are voxels as stored, and only those taken become float32.
+    """
+    taken = take_tokens(patches, ids)
+    if intensity is None:
+        return taken
+    channels_last = taken.unflatten(2, (-1, intensity.shape[1]))
+    return canonical_values(channels_last, *intensity[:, None, None].unbind(-1)).flatten(2)
+
+
+def canonical_values(stored: Tensor, scale: Tensor, shift: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
+    """Stored voxels mapped onto the canonical domain, then augmented: float32."""
+    return to_canonical(stored.float(), scale, shift).mul_(gain).add_(offset)

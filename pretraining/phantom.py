@@ -1,4 +1,4 @@
-"""A synthetic CT data set for people (and tests) without data. Simple shapes with HU values; not real anatomy."""
+"""A synthetic CT data set for tests. Simple shapes with HU values; not real anatomy."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def write_phantoms(
         "numTraining": num_training,
         "file_ending": ".nii.gz",
         "name": "Synthetic trunk phantoms",
-        "description": "Ellipsoids with HU values, made by hiendmae_demo. No real anatomy, no patients.",
+        "description": "Ellipsoids with HU values. No real anatomy, no patients.",
     }
     (folder / "dataset.json").write_text(json.dumps(description, indent=2))
     return folder

@@ -1,75 +1,63 @@
-"""Measurements of the data path, the training step, and both together, on this machine."""
+"""Measurements of loading, of the training step, and of training, through the code that training runs."""
 
 from __future__ import annotations
 
+import itertools
 import resource
 import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
-from torch.utils.flop_counter import FlopCounterMode
 
-from pretraining.config import BYTES_OF_STATE, RunConfig, Runtime
-from pretraining.corpus import Corpus
+from nnunetv2_hiendmae.checks import MAX_COUNT
+from pretraining.config import RunConfig, Runtime
+from pretraining.data.b2nd import PreprocessedCorpus
+from pretraining.data.corpus import Corpus
+from pretraining.data.stream import Batch, CropStream, canonical_crops, collate, split_cases
+from pretraining.device import Reading, synchronize
+from pretraining.flops import flops_per_crop
 from pretraining.masking import patchify
-from pretraining.model import HiEndMAE
-from pretraining.preprocessed import PreprocessedCorpus
-from pretraining.stream import CropStream, MicroBatches, canonical_crops, collate, split_cases, train_loader
-from pretraining.train import TrainState, backward, prepare_network, update
+from pretraining.step import TrainState, agree, backward, prepare_network, update
+from pretraining.train import train_batches
 
-ROUNDS, BATCH = 5, 8
+WARM_UP, AT_LEAST = 2, 3
+"""Steps, or batches, before a measurement and in it."""
+WAITING = 0.05
+"""Share of the time above which loading is the limit."""
 CONSTANT = 1e-3
 """Standard deviation in canonical units (0.4 HU); its square is the 1e-6 that guards the target's variance."""
 
 
-def data_path(corpora: dict[str, Corpus], config: RunConfig, seconds: float) -> dict[str, float]:
-    """Crops/s of one process, taken in turns; the median of the rounds.
-
-    ``nnU-Net .b2nd read`` opens a case as nnU-Net's loader does and copies a random crop of its image, no more;
-    the others are what a loader process does for a batch: choice of place, read, mask, collation.
-    """
-    takers: dict[str, Callable[[int], Any]] = {}
-    for name, corpus in corpora.items():
-        if isinstance(corpus, PreprocessedCorpus):
-            takers["nnU-Net .b2nd read"] = nnunet_reader(corpus, config)
-        takers[name] = batcher(CropStream(corpus, config, split_cases(corpus, config.seed)[0]))
-    rates: dict[str, list[float]] = {name: [] for name in takers}
-    counts = dict.fromkeys(takers, 0)
-    for taker in takers.values():  # body maps are made, files come into the page cache
-        for i in range(16):
-            taker(i)
-    for _ in range(ROUNDS):
-        for name, taker in takers.items():
-            first, started = counts[name], time.perf_counter()
-            while time.perf_counter() - started < seconds / ROUNDS:
-                taker(counts[name])
-                counts[name] += 1
-            rates[name].append((counts[name] - first) * BATCH / (time.perf_counter() - started))
-    return {name: statistics.median(values) for name, values in rates.items()}
+def loading(corpus: Corpus, config: RunConfig, runtime: Runtime, device: torch.device, seconds: float) -> float:
+    """Crops/s of the loader alone: the run's batches, through its processes, into the memory that feeds the device."""
+    batches = endless_batches(corpus, config, runtime, device)
+    for _ in range(WARM_UP * runtime.accumulate):
+        next(batches)
+    started, crops = time.perf_counter(), 0
+    for taken in itertools.count(1):
+        crops += len(next(batches)["case"])
+        if taken >= AT_LEAST and time.perf_counter() - started >= seconds:
+            return crops / (time.perf_counter() - started)
+    raise AssertionError
 
 
-def batcher(stream: CropStream) -> Callable[[int], Any]:
-    """Batches as a loader process makes them."""
-    return lambda i: collate([stream[i * BATCH + k] for k in range(BATCH)])
-
-
-def nnunet_reader(corpus: PreprocessedCorpus, config: RunConfig) -> Callable[[int], list[np.ndarray]]:
-    """Random crops through nnU-Net's own data set class, as many as a batch has."""
+def nnunet_read(corpus: PreprocessedCorpus, config: RunConfig, seconds: float) -> float:
+    """Crops/s of one process that opens cases as nnU-Net's loader does and copies a random crop of each, no more."""
     folders = {d.name: nnUNetDatasetBlosc2(str(d.folder)) for d in corpus.sources}
-    size, rng = config.model.img_size, np.random.default_rng(0)
-
-    def read() -> np.ndarray:
+    size, rng, crops = config.model.img_size, np.random.default_rng(0), 0
+    started = time.perf_counter()
+    while time.perf_counter() - started < seconds:
         source, case = corpus.cases[int(rng.integers(len(corpus)))]
         data = folders[source.name].load_case(case)[0]
         start = [int(rng.integers(0, max(edge - n, 0) + 1)) for edge, n in zip(data.shape[1:], size, strict=True)]
-        return data[(slice(None), *(slice(s, s + n) for s, n in zip(start, size, strict=True)))]
-
-    return lambda _: [read() for _ in range(BATCH)]
+        _ = data[(slice(None), *(slice(s, s + n) for s, n in zip(start, size, strict=True)))]
+        crops += 1
+    return crops / (time.perf_counter() - started)
 
 
 def constant_share(corpus: Corpus, config: RunConfig, crops: int = 200) -> float:
@@ -83,57 +71,70 @@ def constant_share(corpus: Corpus, config: RunConfig, crops: int = 200) -> float
 
 
 def step(config: RunConfig, runtime: Runtime, device: torch.device, seconds: float) -> dict[str, float]:
-    """Crops/s of the training step on one batch that is on the device already, and its memory."""
-    before = resident()
+    """Crops/s of the training step alone, on one batch that is copied to the device each time."""
     state = TrainState.create(config, device)
     network = prepare_network(state.model, runtime, device)
-    size = runtime.micro_batch(config.batch_size, 1)
-    batches = [random_batch(config, size) for _ in range(runtime.accumulate)]
-    parameters = sum(p.numel() for p in state.model.parameters())
-
-    def once() -> None:
-        backward(state, network, batches, config, device)
-        update(state, config.base_lr, config)
-        synchronize(device)
-
-    for _ in range(2):
-        once()
+    batch = random_batch(config, runtime.micro_batch(config.batch_size, 1))
+    if device.type == "cuda":  # as the loader's are
+        batch = {name: values.contiguous().pin_memory() for name, values in batch.items()}
     times: list[float] = []
-    while sum(times) < seconds or len(times) < 3:
+    while sum(times[WARM_UP:]) < seconds or len(times) < WARM_UP + AT_LEAST:
         started = time.perf_counter()
-        once()
+        loss, grad_norm = backward(state, network, [batch] * runtime.accumulate, config, device)
+        update(state, 0.0, agree(state, loss, grad_norm, False))
+        synchronize(device)
         times.append(time.perf_counter() - started)
-    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident() - before
-    flops = flops_per_crop(config)
-    rate = config.batch_size / statistics.median(times)
+    rate, flops = config.batch_size / statistics.median(times[WARM_UP:]), flops_per_crop(config.model)
+    return {"crops_per_s": rate, "gflop_per_crop": flops / 1e9, "gflop_per_s": rate * flops / 1e9}
+
+
+def training(
+    corpus: Corpus, config: RunConfig, runtime: Runtime, device: torch.device, seconds: float
+) -> dict[str, float]:
+    """Steps of a run as ``train`` takes them, on this rank: loader, copies, step, and numbers read one step late.
+
+    Returns:
+        ``crops_per_s`` of all ranks; ``data_wait``, the share of the time in which the device had nothing to do for
+        want of data; ``memory_gib``, the most that the device, or this process, had in use; ``checkpoint_gib``.
+    """
+    state = TrainState.create(config, device)
+    network = prepare_network(state.model, runtime, device)
+    batches = endless_batches(corpus, config, runtime, device)
+    queued: Reading | None = None
+    started = waited = 0.0
+    for taken in itertools.count(-WARM_UP):
+        # Every rank leaves at the same step: the time is in what they share.
+        over = taken >= AT_LEAST and time.perf_counter() - started >= seconds
+        if taken == 0 and queued is not None:
+            queued.get()
+            started, waited = time.perf_counter(), 0.0
+        asked = time.perf_counter()
+        step_batches = [next(batches) for _ in range(runtime.accumulate)]
+        waited += time.perf_counter() - asked if queued is None or queued.arrived() else 0.0
+        loss, grad_norm = backward(state, network, step_batches, config, device)
+        shared = agree(state, loss, grad_norm, over)
+        update(state, 0.0, shared)
+        if queued is not None and queued.get()[2] > 0:
+            break
+        queued = Reading(shared)
+    steps, _ = taken + 1, Reading(shared).get()
+    elapsed = time.perf_counter() - started
+    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident()
     return {
-        "crops_per_s": rate,
-        "gflop_per_crop": flops / 1e9,
-        "gflop_per_s": rate * flops / 1e9,
+        "crops_per_s": steps * config.batch_size / elapsed,
+        "data_wait": waited / elapsed,
         "memory_gib": used / 2**30,
-        "states_gib": parameters * BYTES_OF_STATE / 2**30,
+        "checkpoint_gib": 3 * sum(p.numel() * p.element_size() for p in state.model.parameters()) / 2**30,
     }
 
 
-def together(corpus: Corpus, config: RunConfig, runtime: Runtime, device: torch.device, seconds: float) -> float:
-    """Crops/s of loading and training, through the loader that training uses."""
-    state = TrainState.create(config, device)
-    network = prepare_network(state.model, runtime, device)
+def endless_batches(corpus: Corpus, config: RunConfig, runtime: Runtime, device: torch.device) -> Iterator[Batch]:
+    """What a run trains on, however long it is measured."""
     stream = CropStream(corpus, config, split_cases(corpus, config.seed)[0])
-    sampler = MicroBatches(0, 1_000_000, config.batch_size, runtime.accumulate)
-    batches = iter(train_loader(stream, sampler, runtime.num_workers, device.type == "cuda"))
-    started, steps = time.perf_counter(), -2  # two steps to warm up
-    while steps < 3 or time.perf_counter() - started < seconds:
-        backward(state, network, [next(batches) for _ in range(runtime.accumulate)], config, device)
-        update(state, config.base_lr, config)
-        synchronize(device)
-        steps += 1
-        if steps == 0:
-            started = time.perf_counter()
-    return steps * config.batch_size / (time.perf_counter() - started)
+    return train_batches(replace(config, steps=MAX_COUNT), runtime, stream, 0, device)
 
 
-def random_batch(config: RunConfig, size: int) -> dict[str, torch.Tensor]:
+def random_batch(config: RunConfig, size: int) -> Batch:
     """A batch as the loader gives it, of noise."""
     model, generator = config.model, torch.Generator().manual_seed(0)
     shape = (size, model.in_channels, *model.img_size)
@@ -141,48 +142,35 @@ def random_batch(config: RunConfig, size: int) -> dict[str, torch.Tensor]:
         "image": torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
         "intensity": torch.tensor((1 / 255, 0.0)).expand(size, model.in_channels, 2),
         "exchange": torch.zeros(size, dtype=torch.int64),
-        "flips": torch.zeros(size, 3, dtype=torch.bool),
+        "flips": torch.rand(size, 3, generator=generator) < 0.5,
         "jitter": torch.tensor((1.0, 0.0)).expand(size, 2),
         "ids_shuffle": torch.rand(size, model.num_tokens, generator=generator).argsort(1),
     }
 
 
-def flops_per_crop(config: RunConfig) -> float:
-    """Multiply-adds × 2 of forward and backward: matrix products and attention, counted in a run on one crop."""
-    model = HiEndMAE(config.model)
-    batch = random_batch(config, 1)
-    # The plain attention kernel is made of matrix products, which the counter knows on every device.
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(canonical_crops(batch, torch.device("cpu")), batch["ids_shuffle"]).loss.backward()
-    return counter.get_total_flops()
+def estimate(config: RunConfig, runtime: Runtime, corpus: Corpus, device: torch.device, seconds: float) -> list[str]:
+    """How long a run will take, what it needs, and what to change, from its first steps. Nothing is written."""
+    found = training(corpus, config, runtime, device, seconds)
+    hours = config.steps * config.batch_size / found["crops_per_s"] / 3600
+    copies = runtime.keep_checkpoints + 1  # one is written while the others stay
+    lines = [
+        f"{found['crops_per_s']:.4g} crops/s: {config.steps} steps of {config.batch_size} take {hours:.3g} hours, "
+        f"without validations",
+        f"memory of a process on {device.type}: {found['memory_gib']:.2f} GiB{of_all(device)}",
+        f"checkpoints: {copies} × {found['checkpoint_gib']:.2f} GiB, one every {runtime.checkpoint_minutes:g} minutes",
+        f"waiting for data: {found['data_wait']:.0%} of the time",
+    ]
+    if found["data_wait"] <= WAITING:
+        return [*lines, "nothing to change in loading: the step is the limit"]
+    pack = "" if config.packed_bits else ", or pack the data (hiendmae_pack)"
+    return [*lines, f"loading is the limit: use more loader processes (-num_workers {runtime.num_workers} now){pack}"]
 
 
-def gemm_peak(device: torch.device, precision: str, seconds: float = 1.0) -> float:
-    """GFLOP/s of large matrix products in the precision of the run."""
-    n = 8192 if device.type == "cuda" else 2048
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    a = torch.rand(n, n, device=device, dtype=dtype)
-    best, spent = 0.0, 0.0
-    while spent < seconds:
-        started = time.perf_counter()
-        a @ a
-        synchronize(device)
-        elapsed = time.perf_counter() - started
-        best, spent = max(best, 2 * n**3 / elapsed / 1e9), spent + elapsed
-    return best
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def resident() -> int:
-    """Bytes of memory of this process now."""
-    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
+def of_all(device: torch.device) -> str:
+    """Memory that the device has."""
+    if device.type != "cuda":
+        return ""
+    return f" of {torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} (less: -accumulate)"
 
 
 def peak_resident() -> int:
@@ -191,29 +179,23 @@ def peak_resident() -> int:
 
 
 def report(figures: dict[str, Any]) -> str:
-    """The figures as text, ratios first."""
-    data, peak = figures["data"], figures["gemm_peak_gflop_per_s"]
-    lines = ["Data path, one process (crops/s; ratio to nnU-Net's read):"]
-    reference = data.get("nnU-Net .b2nd read")
-    for name, rate in data.items():
-        ratio = f"{rate / reference:7.2f} ×" if reference else ""
-        lines.append(f"  {name:<22} {rate:9.1f}  {ratio}")
+    """The figures as text, each with what was measured."""
+    size, processes = figures["config"]["batch_size"], figures["num_workers"]
+    lines = [f"Loading alone, batches of {size} crops, {processes} loader processes:"]
+    lines += [f"  {name:<16} {rate:9.1f} crops/s" for name, rate in figures["loading"].items()]
+    if "nnunet_read" in figures:
+        lines.append(f"  (nnU-Net's read of a random crop alone, one process: {figures['nnunet_read']:.1f} crops/s)")
     lines += [f"Constant patches in {n}: {share:.1%}" for n, share in figures["constant_patches"].items()]
-    measured = figures["step"]
+    measured, peak = figures["step"], figures["matrix_product_gflop_per_s"]
     lines.append(
-        f"Step: {measured['crops_per_s']:.2f} crops/s, {measured['gflop_per_s'] / peak:.0%} of the measured GEMM peak "
+        f"Step alone: {measured['crops_per_s']:.2f} crops/s, {measured['gflop_per_s'] / peak:.0%} of a matrix product "
         f"({measured['gflop_per_s']:.0f} of {peak:.0f} GFLOP/s, {measured['gflop_per_crop']:.1f} GFLOP a crop)"
     )
-    lines.append(
-        f"Memory: {measured['memory_gib']:.2f} GiB, of which {measured['states_gib']:.2f} GiB are parameters, "
-        f"gradients and optimizer state"
-    )
-    for name, rate in figures["together"].items():
-        lines.append(f"Loading and step together, {name}: {rate:.2f} crops/s, limited by {limit(figures, name)}")
+    for name, found in figures["training"].items():
+        limit = "the step" if found["data_wait"] <= WAITING else "loading (more -num_workers, or hiendmae_pack)"
+        lines.append(
+            f"Training, {name}: {found['crops_per_s']:.2f} crops/s, waiting for data {found['data_wait']:.0%}, "
+            f"{found['memory_gib']:.2f} GiB, limited by {limit}; "
+            f"100,000 steps: {100_000 * size / found['crops_per_s'] / 3600:.1f} hours"
+        )
     return "\n".join(lines)
-
-
-def limit(figures: dict[str, Any], corpus: str) -> str:
-    """What is slower when both run side by side."""
-    loading = figures["data"][corpus] * max(figures["num_workers"], 1)
-    return "the step" if loading > figures["step"]["crops_per_s"] else "loading (more -num_workers, or hiendmae_pack)"

@@ -37,7 +37,13 @@ class World:
         mine = ("HIENDMAE_WEIGHTS", "nnUNet_extTrainer", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
         env = {k: v for k, v in os.environ.items() if k not in mine}
         env |= {f"nnUNet_{kind}": str(self.root / kind) for kind in ("raw", "preprocessed", "results")}
-        return {**env, "nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1", "PYTHONWARNINGS": "default"}
+        return {
+            **env,
+            "nnUNet_n_proc_DA": "1",
+            "nnUNet_def_n_proc": "1",
+            "PYTHONWARNINGS": "default",
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
 
     def run(self, command: str, ok: bool = True, **env: str) -> str:
         """Run a command of this environment, return its output; fails unless it ends as expected."""
@@ -60,7 +66,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Six labelled phantoms of 6 × 6 × 8 mm, preprocessed under nnU-Net's default plans."""
     world = World(tmp_path_factory.mktemp("world"))
     write_phantoms(world.root / "raw", DATASET, num_training=6, num_test=1, spacing=(6.0, 6.0, 8.0))
-    world.run("nnUNetv2_plan_and_preprocess -d 901 -c 3d_fullres -np 1")
+    world.run("nnUNetv2_plan_and_preprocess -d 901 -c 3d_fullres -np 1 -npfp 1")
     return world
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnunetv2_hiendmae.weights import convert_official
+from nnunetv2_hiendmae.weights.official import convert_official
 from pretraining import HiEndMAE, ModelConfig
 
 FIXTURES = Path(__file__).parent / "fixtures"

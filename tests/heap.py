@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +30,22 @@ def write(image: sitk.Image, file: Path) -> Path:
     return file
 
 
-def write_dicom(image: sitk.Image, folder: Path, uid: str, skip: tuple[int, ...] = (), **tags: str) -> None:
-    """One file a slice; ITK stores (HU - RescaleIntercept) / RescaleSlope."""
+def write_dicom(
+    image: sitk.Image,
+    folder: Path,
+    uid: str,
+    skip: tuple[int, ...] = (),
+    each: Callable[[int], dict[str, str]] = lambda z: {},
+    **tags: str,
+) -> None:
+    """One file a slice; ITK stores (HU - RescaleIntercept) / RescaleSlope.
+
+    ``tags`` like "0020|0012" are of all slices, ``each`` gives those of a slice.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
-    spacing = image.GetSpacing()
+    spacing, offset = image.GetSpacing(), float(tags.get("offset", "0"))
     for z in range(image.GetDepth()):
         if z in skip:
             continue
@@ -43,10 +54,11 @@ def write_dicom(image: sitk.Image, folder: Path, uid: str, skip: tuple[int, ...]
             "0008|0016": "1.2.840.10008.5.1.4.1.1.2", "0008|0060": tags.get("modality", "CT"),
             "0008|0008": tags.get("image_type", "ORIGINAL\\PRIMARY\\AXIAL"),
             "0020|000e": uid, "0020|000d": "1.2.826.0.1.3680043.2.1125.1", "0008|0018": f"{uid}.{z + 1}",
-            "0020|0032": f"0\\{float(tags.get('shift', '0')) * z:g}\\{z * spacing[2]:g}",
+            "0020|0032": f"0\\{float(tags.get('shift', '0')) * z:g}\\{z * spacing[2] + offset:g}",
             "0020|0037": "1\\0\\0\\0\\1\\0", "0020|0013": str(z + 1), "0028|1052": "-1024", "0028|1053": "2",
             "0018|1120": tags.get("tilt", "0"), "0028|0030": f"{spacing[1]}\\{spacing[0]}",
             "0018|0050": f"{spacing[2]}",
+            **{key: value for key, value in tags.items() if "|" in key}, **each(z),
         }  # fmt: skip
         for key, value in values.items():
             one.SetMetaData(key, value)

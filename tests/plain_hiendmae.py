@@ -85,30 +85,39 @@ def position(dim: int, grid: tuple[int, int, int]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def forward(p: Params, config: ModelConfig, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """``(loss, pred)`` of crops ``(B, C, H, W, D)`` with the token order ``ids`` ``(B, L)``."""
-    batch, length = ids.shape
-    visible = math.floor(length * (1 - config.mask_ratio))
-    voxels = tokens_of(x, config.patch_size)
-    grid = tuple(s // e for s, e in zip(x.shape[2:], config.patch_size, strict=True))
-    ordered = torch.stack([voxels[b, ids[b]] for b in range(batch)])  # (B, L, ph, pw, pd, C), shuffled
-
+def vit_encoder(p: Params, config: ModelConfig, patches: Tensor, places: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Every block's output and the final one ``(B, 1 + N, E)`` of patches ``(B, N, ph, pw, pd, C)`` at indices."""
     kernel = p["encoder.patch_embed.proj.weight"]  # (E, C, ph, pw, pd)
-    embedded = torch.einsum("blhwdc,echwd->ble", ordered[:, :visible], kernel) + p["encoder.patch_embed.proj.bias"]
-    places = position(config.embed_dim, grid)
-    z = torch.stack([embedded[b] + places[ids[b, :visible]] for b in range(batch)])
-    z = torch.cat([p["encoder.cls_token"].expand(batch, 1, -1), z], 1)
+    embedded = torch.einsum("blhwdc,echwd->ble", patches, kernel) + p["encoder.patch_embed.proj.bias"]
+    table = position(config.embed_dim, grid_of(config))
+    z = torch.stack([one + table[ids] for one, ids in zip(embedded, places, strict=True)])
+    z = torch.cat([p["encoder.cls_token"].expand(len(z), 1, -1), z], 1)
     layers = []
     for i in range(config.depth):
         z = block(p, f"encoder.blocks.{i}", z, config.num_heads)
         layers.append(z)
-    final = norm(p, "encoder.norm", z)
+    return layers, norm(p, "encoder.norm", z)
 
-    places = position(config.decoder_embed_dim, grid)
+
+def grid_of(config: ModelConfig) -> tuple[int, int, int]:
+    h, w, d = (s // e for s, e in zip(config.img_size, config.patch_size, strict=True))
+    return h, w, d
+
+
+def forward(p: Params, config: ModelConfig, x: Tensor, ids: Tensor, encoder=vit_encoder) -> tuple[Tensor, Tensor]:
+    """``(loss, pred)`` of crops ``(B, C, H, W, D)`` with the token order ``ids`` ``(B, L)``."""
+    batch, length = ids.shape
+    visible = math.floor(length * (1 - config.mask_ratio))
+    voxels = tokens_of(x, config.patch_size)
+    ordered = torch.stack([voxels[b, ids[b]] for b in range(batch)])  # (B, L, ph, pw, pd, C), shuffled
+    layers, final = encoder(p, config, ordered[:, :visible], ids[:, :visible])
+    first = final.shape[1] - visible  # class tokens
+
+    places = position(config.decoder_embed_dim, grid_of(config))
     start = 0 if config.decoder == "self_attention" else len(config.taps)
     y = linear(p, f"encoder_to_decoder.{start}", final)
     y = torch.cat([y, p["mask_token"].expand(batch, length - visible, -1)], 1)
-    y = torch.stack([torch.cat([y[b, :1], y[b, 1:] + places[ids[b]]]) for b in range(batch)])
+    y = torch.stack([torch.cat([y[b, :first], y[b, first:] + places[ids[b]]]) for b in range(batch)])
     plain = config.decoder == "self_attention"
     for i in range(config.decoder_self_depth + (len(config.taps) if plain else 0)):
         y = block(p, f"decoder.blocks.{i}", y, config.decoder_num_heads)
@@ -120,4 +129,4 @@ def forward(p: Params, config: ModelConfig, x: Tensor, ids: Tensor) -> tuple[Ten
 
     truth = ordered[:, visible:].flatten(2)
     truth = (truth - truth.mean(-1, keepdim=True)) / (truth.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
-    return ((pred[:, 1 + visible :] - truth) ** 2).mean(), pred
+    return ((pred[:, first + visible :] - truth) ** 2).mean(), pred

@@ -13,7 +13,7 @@ from pathlib import Path
 from conftest import DATASET, World
 
 RUNS = Path("results") / DATASET / "HiEndMAE__nnUNetPlans__3d_fullres"
-SMALL = "-preset tiny -device cpu -crop_size 24 24 24 -num_workers 1 -preview_epochs 0"
+SMALL = "-preset tiny -device cpu -crop_size 24 24 24 -num_workers 1 -preview_epochs 0 -checkpoint_minutes 0"
 ENDLESS = f"hiendmae_pretrain -d 901 {SMALL} -steps 100000 -batch_size 2 -val_every 5"
 STARTED: list[subprocess.Popen[str]] = []
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from pretraining.augmentation import Augmentation, orient_crops, rotation_plane
-from pretraining.stream import canonical_crops
+from pretraining.config import ModelConfig
+from pretraining.data.augmentation import Augmentation, orient_crops, rotation_plane
+from pretraining.data.stream import canonical_crops, stored_crops
+from pretraining.model import HiEndMAE
 
 
 def test_rotation_off_the_cube_gives_the_crop_size() -> None:
@@ -81,3 +83,27 @@ def test_rotation_plane_has_equal_spacing() -> None:
     assert rotation_plane((3.0, 0.8, 0.8)) == (1, 2)
     assert rotation_plane((4.08, 2.5, 4.08)) == (0, 2)
     assert rotation_plane((1.5, 1.5, 1.5)) == (1, 2)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_voxels_as_stored_give_the_same_loss(channels: int) -> None:
+    """The step takes patches of 8 bits and converts what it took: the same numbers as from canonical crops."""
+    config = ModelConfig(
+        img_size=(8, 8, 8), patch_size=(4, 4, 2), in_channels=channels, embed_dim=24, depth=2, num_heads=2, mlp_ratio=2,
+        taps=(0,), mask_ratio=0.5, decoder_embed_dim=12, decoder_num_heads=2, decoder_self_depth=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = HiEndMAE(config)
+    batch = {
+        "image": torch.randint(0, 256, (3, channels, 8, 8, 8), dtype=torch.uint8),
+        "intensity": torch.rand(3, channels, 2) / 100,
+        "exchange": torch.tensor([0, 3, 1]),
+        "flips": torch.rand(3, 3) < 0.5,
+        "jitter": torch.rand(3, 2),
+    }
+    ids = torch.rand(3, config.num_tokens).argsort(1)
+    image, intensity = stored_crops(batch, torch.device("cpu"))
+    assert image.dtype == torch.uint8
+    crops = canonical_crops(batch, torch.device("cpu"))
+    assert torch.equal(model(image, ids, intensity=intensity).loss, model(crops, ids).loss)
+    assert torch.equal(model.mean_patch_loss(image, ids, intensity), model.mean_patch_loss(crops, ids))

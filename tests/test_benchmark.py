@@ -39,7 +39,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, Path]:
     """A planned benchmark whose first run, nnU-Net's, is finished and whose second is not started."""
     world = World(tmp_path_factory.mktemp("bench"))
     write_phantoms(world.root / "raw", DATASET, num_training=6, num_test=0, spacing=(12.0, 12.0, 14.0))
-    world.run("nnUNetv2_plan_and_preprocess -d 903 -c 3d_fullres -np 1")
+    world.run("nnUNetv2_plan_and_preprocess -d 903 -c 3d_fullres -np 1 -npfp 1")
     out = world.root / "out"
     said = world.run(PLAN.format(out=out))
     assert "2 runs in" in said and "1 new splits for label budgets" in said

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import CHECKOUT, DATASET, World
+from conftest import DATASET, World
 
+from nnunetv2_hiendmae.architectures.vit import ENCODERS, ViT
 from nnunetv2_hiendmae.benchmark.arms import default_arms
 from nnunetv2_hiendmae.benchmark.fair import check_fair, other_encoders, with_choices_fixed
 from nnunetv2_hiendmae.benchmark.grid import Arm, Grid
+from nnunetv2_hiendmae.benchmark.overlap import overlap_lines
 from nnunetv2_hiendmae.benchmark.plan import plan
-from nnunetv2_hiendmae.settings import FineTuneSettings
-from nnunetv2_hiendmae.weights import load_weights
+from nnunetv2_hiendmae.nnunet.settings import FineTuneSettings
+from nnunetv2_hiendmae.weights.file import load_weights, save_weights
 
-NANO = str(CHECKOUT / "docs" / "few_labels" / "weights" / "hi.pth")
 NNUNET = Arm(name="nnunet", trainer="nnUNetTrainer")
 SCRATCH = Arm(name="scratch", trainer="nnUNetTrainerHiEndMAE_scratch")
-OURS = Arm(name="ours", trainer="nnUNetTrainerHiEndMAE", weights=NANO)
+OURS = Arm(name="ours", trainer="nnUNetTrainerHiEndMAE")
 
 
 def grid(*arms: Arm, **rest: object) -> Grid:
     return Grid(name="fair", datasets=(DATASET,), arms=arms, **rest)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Arm:
+    """An arm that starts from the weights of a small ViT, which nothing trained."""
+    file = tmp_path_factory.mktemp("weights") / "nano.pth"
+    config = ENCODERS["nano"]
+    header = {"architecture": config.to_dict(), "window_hu": [-150.0, 250.0], "img_size": [32, 32, 32]}
+    save_weights(file, ViT(config, (8, 8, 8), class_token=True).state_dict(), header)
+    return replace(OURS, weights=str(file))
 
 
 @pytest.fixture
@@ -37,31 +49,31 @@ def here(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World
     return copied
 
 
-def test_scratch_gets_the_network_of_the_weights() -> None:
-    weights = load_weights(NANO)
-    fixed = with_choices_fixed(grid(NNUNET, SCRATCH, OURS))
-    assert fixed.arms[0] == NNUNET and fixed.arms[2] == OURS
+def test_scratch_gets_the_network_of_the_weights(ours: Arm) -> None:
+    weights = load_weights(str(ours.weights))
+    fixed = with_choices_fixed(grid(NNUNET, SCRATCH, ours))
+    assert fixed.arms[0] == NNUNET and fixed.arms[2] == ours
     settings = FineTuneSettings(**fixed.arms[1].settings).resolved_scratch()
     assert settings.encoder == weights.architecture and tuple(settings.window_hu or ()) == weights.window_hu
     named = Arm(name="scratch", trainer=SCRATCH.trainer, settings={"architecture": "tiny"})
-    assert with_choices_fixed(grid(named, OURS)).arms[0] == named  # what the grid names stays
+    assert with_choices_fixed(grid(named, ours)).arms[0] == named  # what the grid names stays
     assert with_choices_fixed(fixed) == fixed and other_encoders(fixed) == []
-    assert [line.split(" has ")[0] for line in other_encoders(grid(named, OURS))] == ["Arm scratch"]
+    assert [line.split(" has ")[0] for line in other_encoders(grid(named, ours))] == ["Arm scratch"]
 
 
-def test_several_encoders_leave_no_control(pretrained: Path) -> None:
-    other = Arm(name="other", trainer=OURS.trainer, weights=str(pretrained))
+def test_several_encoders_leave_no_control(ours: Arm, pretrained: Path) -> None:
+    other = replace(ours, name="other", weights=str(pretrained))
     with pytest.raises(ValueError, match="Arm scratch: the pre-trained arms have different encoders"):
-        with_choices_fixed(grid(SCRATCH, OURS, other))
+        with_choices_fixed(grid(SCRATCH, ours, other))
 
 
 def test_weights_are_chosen_when_planned(monkeypatch: pytest.MonkeyPatch, pretrained: Path) -> None:
     monkeypatch.setenv("HIENDMAE_WEIGHTS", str(pretrained))
-    arm = with_choices_fixed(grid(Arm(name="ours", trainer=OURS.trainer))).arms[0]
+    arm = with_choices_fixed(grid(OURS)).arms[0]
     assert arm.weights == str(pretrained)
     monkeypatch.setenv("HIENDMAE_WEIGHTS", "nowhere.pth")
     with pytest.raises(ValueError, match=r"The weights file nowhere\.pth"):
-        with_choices_fixed(grid(Arm(name="ours", trainer=OURS.trainer)))
+        with_choices_fixed(grid(OURS))
 
 
 @pytest.mark.parametrize(
@@ -90,6 +102,11 @@ def test_controls_are_arms_by_name() -> None:
     assert [arm.name for arm in arms] == names  # the first is what the others are compared with
     assert [arm.weights for arm in arms] == ["hi.pth", "mae.pth", "hi.pth", None, None]
     assert arms[3].settings == {"identity_blocks": True} and arms[2].settings["frozen_epochs"] > 10**6
+    arms = default_arms("P", "hi.pth", True, ["primus_hiendmae", "primus_m", "primus_v3_s"], primus_hiendmae="p.pth")
+    assert [(arm.trainer, arm.weights) for arm in arms] == [
+        ("nnUNetTrainerHiEndMAE", "p.pth"), ("nnUNetPrimusBudget", None), ("nnUNetPrimusV3Budget", None),
+    ]  # fmt: skip
+    assert [arm.name for arm in default_arms("P", None, False)][-1] == "hiendmae"
     for names, weights in ((["plain_mae"], None), (["hiendmae"], "mae.pth")):
         with pytest.raises(ValueError, match="-arms plain_mae needs -plain_mae FILE"):
             default_arms("P", "hi.pth", True, names, weights)
@@ -117,3 +134,22 @@ def test_settings_of_hiendmae_plan_are_no_base(here: World, tmp_path: Path) -> N
     here.run("hiendmae_plan -d 901 -plans_name unfair --epochs 3")
     with pytest.raises(ValueError, match="has settings of hiendmae_plan, which not every trainer reads"):
         plan(grid(Arm(name="x", trainer="nnUNetTrainer", plans="unfair")), tmp_path)
+
+
+def test_cases_of_the_pretraining_are_no_test(here: World, pretrained: Path, tmp_path: Path) -> None:
+    """Refused; marked in the reports if it is asked for; unknown for weights without fingerprints."""
+    texts = load_weights(pretrained).patients
+    assert texts is not None and len(texts) == 6
+    ours = grid(Arm(name="ours", trainer="nnUNetTrainerHiEndMAE", weights=str(pretrained)))
+    with pytest.raises(ValueError, match=r"test case\(s\) of Dataset901_TestPhantom were in the pre-training of"):
+        plan(ours, tmp_path)
+    planned, _ = plan(ours, tmp_path, allow_overlap=True)
+    (line,) = overlap_lines(planned, tmp_path)
+    assert (
+        line.startswith("Test cases of Dataset901_TestPhantom in the pre-training of ours: ") and "OVERLAPPING" in line
+    )
+    weights, old = load_weights(pretrained), tmp_path / "old.pth"
+    save_weights(old, weights.encoder, {k: v for k, v in weights.header.items() if k != "patients"})
+    theirs = grid(Arm(name="ours", trainer="nnUNetTrainerHiEndMAE", weights=str(old)))
+    (line,) = overlap_lines(plan(theirs, tmp_path)[0], tmp_path)
+    assert "unknown: the weights carry no fingerprints" in line

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from nnunetv2_hiendmae.benchmark.arms import default_arms, replaced_methods
-from nnunetv2_hiendmae.benchmark.cli import parser
 from nnunetv2_hiendmae.benchmark.grid import Arm, Grid, read_grid
 from nnunetv2_hiendmae.benchmark.run import ends_as_ctrl_c
+from nnunetv2_hiendmae.commands.benchmark import parser
 
 ARMS = (
     Arm(name="a", trainer="nnUNetTrainer"),
@@ -44,7 +44,7 @@ def test_runs_are_the_product_with_arms_innermost() -> None:
         ({"arms": (ARMS[0], ARMS[0])}, "need different names"),
         ({"name": "a__b"}, "Grid name 'a__b' must be"),
         ({"num_epochs": 0}, "num_epochs=0 must be an integer"),
-        ({"folds": (-1,)}, "-f -1 must be at least 0"),
+        ({"folds": (-1,)}, "folds=-1 must be at least 0"),
         ({"device": "gpu"}, "must be cuda, cpu or mps"),
     ],
 )
@@ -75,9 +75,8 @@ def test_damaged_file_is_named(tmp_path: Path, text: str) -> None:
 
 
 def test_plan_has_a_flag_for_every_field() -> None:
-    short = {"datasets": "d", "configurations": "c", "folds": "f"}
     args = vars(parser().parse_args(["plan", "-o", "x"]))
-    assert {short.get(f.name, f.name) for f in fields(Grid)} <= set(args)
+    assert {f.name for f in fields(Grid)} <= set(args)
 
 
 def test_signals_are_given_back() -> None:

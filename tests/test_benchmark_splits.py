@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from nnunetv2_hiendmae.benchmark.splits import (
     BUDGETS_FILE,
     SPLITS_FILE,
     add_label_budgets,
+    check_labels,
     labelled_subset,
     number_of_cases,
     split_index,
@@ -58,6 +60,24 @@ def test_twice_changes_nothing_and_more_is_appended(folder: Path) -> None:
     assert (folder / SPLITS_FILE).read_bytes() == first
     assert add_label_budgets(folder, DATA, (0,), (1, 4), (0,)) == 1
     assert splits_of(folder)[: len(json.loads(first))] == json.loads(first)
+
+
+def test_missing_labels_are_named(folder: Path) -> None:
+    """One that is not there, then volumes that were preprocessed without any."""
+    (folder / "dataset.json").write_text('{"file_ending": ".nrrd"}')
+    (folder / "gt_segmentations").mkdir()
+    cases = {case for split in splits_of(folder) for part in split.values() for case in part}
+    for case in cases - {"c07"}:
+        (folder / "gt_segmentations" / f"{case}.nrrd").touch()
+    with pytest.raises(ValueError, match=r"has no label of c07 \(1 of 22 cases\)"):
+        check_labels(folder, DATA)
+    (folder / "gt_segmentations" / "c07.nrrd").touch()
+    (folder / DATA).mkdir()
+    (folder / DATA / "c00.pkl").write_bytes(pickle.dumps({"class_locations": {}}))
+    check_labels(folder, DATA)
+    (folder / DATA / "c00.pkl").write_bytes(pickle.dumps({}))
+    with pytest.raises(ValueError, match="without labels; run 'nnUNetv2_preprocess"):
+        check_labels(folder, DATA)
 
 
 def test_changed_splits_are_noticed(folder: Path) -> None:
@@ -126,3 +146,27 @@ def test_without_a_split_file_nnunets_own_folds_are_made(world: World, tmp_path:
         world.run("hiendmae_plan -d 901 -plans_name tiny --epochs 1 --num_iterations_per_epoch 1 --feature_size 4")
         world.run("nnUNetv2_train 901 3d_fullres 0 -tr nnUNetTrainerHiEndMAE_scratch -p tiny -device cpu")
     assert splits_of(tmp_path)[:5] == json.loads((source / SPLITS_FILE).read_text(encoding="utf-8"))[:5]
+
+
+def test_patients_are_not_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cases of each of ten patients: in nnU-Net's folds, in label budgets, and in folds made by others."""
+    from nnunetv2_hiendmae.benchmark.splits import five_folds, labelled_subset, read_splits
+    from nnunetv2_hiendmae.patients import read_patients, split_patients
+
+    cases = [f"p{i}_{phase}" for i in range(10) for phase in "ab"]
+    folder = tmp_path / "Dataset905_Phases"
+    folder.mkdir()
+    (folder / "patients.csv").write_text("case,patient\n" + "".join(f"{case},{case[:-2]}\n" for case in cases))
+    table = read_patients(folder)
+    folds = five_folds(cases, table)
+    assert sorted(case for fold in folds for case in fold["val"]) == sorted(cases)
+    assert not any(split_patients((fold["train"], fold["val"]), table) for fold in folds)
+    few, more = (labelled_subset(folds[0]["train"], n, 0, table) for n in (1, 3))
+    assert set(few) < set(more) and len({case[:-2] for case in more}) == 3 and len(more) == 6
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    (folder / SPLITS_FILE).write_text(json.dumps([{"train": ["p0_a", "p1_a"], "val": ["p0_b"]}]))
+    with pytest.raises(ValueError, match="of the same patient"):
+        read_splits(folder, DATA)
+    (folder / "patients.csv").write_text("case,patient\np0_a,P\np0_a,Q\n")
+    with pytest.raises(ValueError, match="line 3"):
+        read_patients(folder)

@@ -11,12 +11,13 @@ import pytest
 import torch
 from conftest import DATASET, World
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-from torch.utils.data import DataLoader
 
 from pretraining.config import PRESETS, RunConfig
-from pretraining.corpus import choose_start, to_canonical
-from pretraining.preprocessed import DataSet, PreprocessedCorpus, keep
-from pretraining.stream import CropStream, MicroBatches, split_cases, steps_of_epochs, train_loader
+from pretraining.data import loader
+from pretraining.data.b2nd import DataSet, PreprocessedCorpus, keep
+from pretraining.data.corpus import canonical_volume, choose_start
+from pretraining.data.loader import MicroBatches, train_loader
+from pretraining.data.stream import CropStream, collate, split_cases, steps_of_epochs
 
 Size = tuple[int, int, int]
 
@@ -45,7 +46,7 @@ def config() -> RunConfig:
 
 
 def canonical(corpus: PreprocessedCorpus, case: int, start: Size, size: Size) -> np.ndarray:
-    return to_canonical(corpus.read(case, start, size), corpus.intensity(case))
+    return canonical_volume(corpus.read(case, start, size), corpus.intensity(case))
 
 
 def test_values_are_canonical_hu(world: World, corpus: PreprocessedCorpus) -> None:
@@ -81,13 +82,19 @@ def test_starts_lie_inside_and_on_tissue(corpus: PreprocessedCorpus) -> None:
     assert -6 <= big[0] <= 0
 
 
-def test_crops_do_not_depend_on_workers(corpus: PreprocessedCorpus, config: RunConfig) -> None:
+def test_crops_do_not_depend_on_workers(
+    corpus: PreprocessedCorpus, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stream = CropStream(corpus, config, split_cases(corpus, 41)[0])
-    alone = [batch["image"] for batch in DataLoader(stream, batch_sampler=MicroBatches(0, 5, 3))]
-    workers = list(train_loader(stream, MicroBatches(2, 5, 3), num_workers=2, pin_memory=False))
-    assert len(workers) == 3 and alone[0].shape == (3, 1, *CROP)
-    for expected, batch in zip(alone[2:], workers, strict=True):
-        assert torch.equal(expected, batch["image"])
+    monkeypatch.setattr(loader, "CHUNK_BYTES", 2 * corpus.dtype.itemsize * CROP[0] * CROP[1] * CROP[2])
+    for num_workers in (0, 2):
+        batches = train_loader(stream, MicroBatches(2, 9, 6, 2), num_workers, pin_memory=False)
+        taken = [{name: values.clone() for name, values in batch.items()} for batch in batches]
+        assert len(taken) == 14 and taken[0]["image"].shape == (3, 1, *CROP)
+        for numbers, batch in zip(MicroBatches(2, 9, 6, 2), taken, strict=True):  # chunks of 2 and 1
+            expected = collate([stream[i] for i in numbers])
+            assert set(batch) == set(expected)
+            assert all(torch.equal(values, batch[name]) for name, values in expected.items())
 
 
 def test_cases_alternate_in_passes(corpus: PreprocessedCorpus, config: RunConfig) -> None:

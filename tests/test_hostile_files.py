@@ -17,7 +17,7 @@ import torch
 from conftest import World
 from processes import RUNS, SMALL, ended
 
-from nnunetv2_hiendmae.weights import load_weights, save_weights
+from nnunetv2_hiendmae.weights.file import load_weights, save_weights
 
 
 class Hostile:
@@ -115,7 +115,7 @@ HUGE = 10**9
         ({"img_size": "all"}, "must be three positive integers"),
         ({"spacing": {"X": "thin"}}, "could not convert"),
         ({"datasets": ["X"]}, "sound weights file"),
-        ({"window_hu": [250, -175]}, "The HU window"),
+        ({"window_hu": [250, -175]}, "window_hu=(250, -175) is empty"),
         ({"window_hu": None}, "sound weights file"),
     ],
 )

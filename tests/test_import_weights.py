@@ -13,11 +13,11 @@ import pytest
 import torch
 from golden import needs_golden
 
-from nnunetv2_hiendmae import import_cli
 from nnunetv2_hiendmae.architectures import ENCODERS, HiEndMAEUNETR, ViT, ViTConfig, sincos_pos_embed
-from nnunetv2_hiendmae.foreign import sincos_grid
-from nnunetv2_hiendmae.nnssl import PLAN
-from nnunetv2_hiendmae.weights import convert_official, load_encoder, load_weights
+from nnunetv2_hiendmae.commands import import_weights
+from nnunetv2_hiendmae.weights.file import load_encoder, load_weights
+from nnunetv2_hiendmae.weights.nnssl import PLAN
+from nnunetv2_hiendmae.weights.official import convert_official, import_official, sincos_grid
 from pretraining import HiEndMAE, ModelConfig
 
 CONFIG = ModelConfig(
@@ -48,7 +48,7 @@ def run(monkeypatch, capsys, *args: object) -> tuple[int, str, str]:
     """Exit code, stdout, stderr of the command."""
     monkeypatch.setattr(sys, "argv", ["hiendmae_import_weights", *map(str, args)])
     with pytest.raises(SystemExit) as end:
-        import_cli.main()
+        import_weights.main()
     captured = capsys.readouterr()
     return end.value.code, captured.out, captured.err
 
@@ -87,7 +87,7 @@ def test_released_architecture_names_its_data():
     state = dict(mae.state_dict())
     state["encoder_pos_embed"] = sincos_pos_embed(1536, (8, 8, 8))[None]
     state["decoder_pos_embed"] = sincos_pos_embed(528, (8, 8, 8))[None]
-    header = import_cli.import_official(state).header
+    header = import_official(state).header
     assert ViTConfig.from_dict(header["architecture"]) == ENCODERS["large_p12"]
     assert header["img_size"] == [96, 96, 96] and header["window_hu"] == [-175.0, 250.0]
     assert header["spacing"] == {"10K CT (authors)": [1.5, 1.5, 1.5]}
@@ -139,8 +139,8 @@ def named_twice() -> dict[str, torch.Tensor]:
     ("content", "flags", "message"),
     [
         (official_state, [], "24 is no published width; say -num_heads"),
-        (official_state, ["-num_heads", 5], "embed_dim=24 must be divisible by 6 and by num_heads=5"),
-        (official_state, ["-num_heads", 2, "-window_hu", 250, -175], "-window_hu 250 -175: the first must be below"),
+        (official_state, ["-num_heads", 5], "embed_dim=24 must be divisible by 6 and by -num_heads 5"),
+        (official_state, ["-num_heads", 2, "-window_hu", 250, -175], "-window_hu (250.0, -175.0) is empty"),
         (broken_shape, ["-num_heads", 2], r"blocks.1.attn.qkv.weight (7, 24) instead of (72, 24)"),
         (five_crosses, ["-num_heads", 2], "has 5 cross-attention blocks"),
         (named_twice, ["-num_heads", 2], "names tensors twice"),

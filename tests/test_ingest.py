@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,12 @@ import SimpleITK as sitk
 from conftest import World
 from heap import ct, write, write_bad, write_dicom, write_good
 
-from pretraining.ingest.find import Source, find_sources
-from pretraining.ingest.quality import content_hash
-from pretraining.ingest.read import Refused, read
+from pretraining.phantom import make_phantom
+from pretraining.prepare.find import Source, find_sources
+from pretraining.prepare.geometry import Refused
+from pretraining.prepare.provenance import excluded_cases, refuse_excluded, remove_excluded
+from pretraining.prepare.quality import content_hash
+from pretraining.prepare.read import read
 
 
 @pytest.fixture
@@ -64,7 +68,7 @@ def test_heap_becomes_a_data_set(place: World, tmp_path: Path) -> None:
     assert "REFUSED" not in again and f"{len(good)} accepted, {len(bad)} refused" in again  # nothing is looked at twice
     assert table(place) == rows
 
-    write(ct(20), heap / "truncated.nii.gz")  # mended
+    write(ct(20), heap / "truncated.nii.gz")  # repaired
     log = place.run(f"hiendmae_ingest -i {heap} -d 510 -n Heap", ok=False)
     assert f"{len(good) + 1} accepted, {len(bad) - 1} refused" in log
 
@@ -74,8 +78,68 @@ def test_test_scans_do_not_leak(place: World, tmp_path: Path) -> None:
     write(ct(1), tmp_path / "heap" / "copy.nrrd")
     write(ct(2), tmp_path / "heap" / "new.nrrd")
     log = place.run(f"hiendmae_ingest -i {tmp_path / 'heap'} -d 510 -n Heap --exclude_overlap 17", ok=False)
-    assert "REFUSED copy.nrrd: duplicate of Dataset017_Task/case_0000.nii.gz" in log
+    assert "REFUSED copy.nrrd: patient to keep out: duplicate of Dataset017_Task/imagesTs/case_0000.nii.gz" in log
     assert "1 accepted, 1 refused" in log
+
+
+def patient(seed: int, file: Path, change: Callable[[np.ndarray], np.ndarray] = lambda v: v) -> Path:
+    """A phantom's scan, changed as an array."""
+    image = sitk.GetImageFromArray(change(make_phantom(np.random.default_rng(seed))[0].astype(np.int16)))
+    image.SetSpacing((4.0, 4.0, 5.0))
+    return write(image, file)
+
+
+def test_exclusions_hold_in_every_order(place: World, tmp_path: Path) -> None:
+    """Accepted before the exclusion or after it, by another call that does not name it; preprocessed already."""
+    heap, command = tmp_path / "heap", f"hiendmae_ingest -i {tmp_path / 'heap'} -d 510 -n Heap -np 1"
+    patient(0, place.root / "raw/Dataset017_Task/imagesTs/case_0000.nii.gz", lambda v: v[:-1])
+    for seed in (0, 1):
+        patient(seed, heap / f"{seed}.nii.gz")
+    place.run(command)
+    case = table(place)["0.nii.gz"]["case"]
+    volume = place.root / f"preprocessed/Dataset510_Heap/HiEndMAEPlans_3d_fullres/{case}.b2nd"
+    volume.parent.mkdir(parents=True)
+    volume.touch()
+    log = place.run(f"{command} --exclude_overlap 17", ok=False)
+    assert "REFUSED 0.nii.gz: patient to keep out: same patient as Dataset017_Task/imagesTs/case_0000.nii.gz" in log
+    assert f"preprocessed already and will not be trained on: {case}" in log and "1 accepted, 1 refused" in log
+    assert [file.name for file in (place.root / "raw/Dataset510_Heap/imagesExcluded").iterdir()] == [
+        f"{case}_0000.nii.gz"
+    ]
+    assert len(images(place)) == 1 and table(place)["1.nii.gz"]["compared_with"] == "Dataset017_Task"
+    assert excluded_cases(volume.parent.parent) == {case}
+
+    shutil.rmtree(place.root / "raw/Dataset017_Task")  # what was noted of it stays
+    patient(0, heap / "later.nii.gz", lambda v: v[:, ::-1])
+    log = place.run(command, ok=False)
+    assert "REFUSED later.nii.gz: patient to keep out: same patient as Dataset017_Task" in log
+    with pytest.raises(ValueError, match=f"took out {case}, but the data hold them still"):
+        refuse_in(place, case)
+    remove_excluded(volume.parent)
+    assert not volume.exists()
+
+
+def refuse_in(place: World, case: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("nnUNet_preprocessed", str(place.root / "preprocessed"))
+        refuse_excluded("Dataset510_Heap", [case, "other"], "")
+
+
+def test_scans_of_one_patient_may_be_told(place: World, tmp_path: Path) -> None:
+    """Refused as long as nobody says that both are wanted; excluded together."""
+    heap, command = tmp_path / "heap", f"hiendmae_ingest -i {tmp_path / 'heap'} -d 510 -n Heap -np 1"
+    patient(0, heap / "phase_1.nii.gz")
+    patient(0, heap / "phase_2.nii.gz", lambda v: v[2:] + 5)
+    patient(1, heap / "date_2.nii.gz")
+    log = place.run(command, ok=False)
+    assert "REFUSED phase_2.nii.gz: same patient as phase_1.nii.gz; if both are to go in" in log
+    rows = table(place)
+    lines = [f"{row['case']},P7\n" for row in rows.values()]
+    (place.root / "raw/Dataset510_Heap/patients.csv").write_text("case,patient\n" + "".join(lines))
+    assert "3 accepted, 0 refused" in place.run(command)
+    patient(0, place.root / "raw/Dataset017_Task/imagesTr/case_0000.nii.gz")
+    log = place.run(f"{command} --exclude_overlap 17", ok=False)
+    assert "0 accepted, 3 refused" in log and "REFUSED date_2.nii.gz: patient to keep out: another scan of P7" in log
 
 
 def test_duplicates_are_found_across_data_sets(place: World, tmp_path: Path) -> None:
@@ -145,7 +209,9 @@ def test_ctrl_c_then_the_same_command(place: World, tmp_path: Path) -> None:
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and error.strip().endswith("interrupted; the same command goes on")
+    assert process.returncode == 130 and error.strip().endswith(
+        "interrupted; what was accepted is kept, the same command goes on"
+    )
     kept = {name: row for name, row in table(place).items() if row["status"] == "accepted"}
     assert 2 <= len(kept) < 40
     assert "40 accepted, 0 refused" in place.run(command)
@@ -161,7 +227,7 @@ def test_full_disk_keeps_what_is_there(place: World, tmp_path: Path) -> None:
         for i in range(12):
             write(ct(i, (40, 64, 64)), tmp_path / "heap" / f"{i:02d}.mha")
         log = place.run(f"hiendmae_ingest -i {tmp_path / 'heap'} -d 510 -n Heap -np 1", ok=False)
-        assert "Traceback" not in log and "What was accepted is kept" in log, log
+        assert "Traceback" not in log and "what was accepted is kept" in log, log
         assert all(sitk.ReadImage(str(file)).GetSize() == (64, 64, 40) for file in images(place))
         subprocess.run(["mount", "-o", "remount,size=64m", str(raw)], check=True)
         assert "12 accepted, 0 refused" in place.run(f"hiendmae_ingest -i {tmp_path / 'heap'} -d 510 -n Heap -np 1")

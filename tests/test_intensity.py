@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
 from golden import SHARED
 from nnunetv2.preprocessing.normalization.default_normalization_schemes import CTNormalization, ZScoreNormalization
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
 from nnunetv2_hiendmae.architectures import HiEndMAEUNETR, ViTConfig
 from nnunetv2_hiendmae.intensity import (
@@ -17,7 +20,7 @@ from nnunetv2_hiendmae.intensity import (
     clip_warning,
     plan_intensities,
 )
-from nnunetv2_hiendmae.normalization import HUWindowNormalization
+from nnunetv2_hiendmae.nnunet.normalization import HUWindowNormalization
 
 # Intensity properties as nnU-Net's fingerprint has them: bones dominate, soft tissue dominates, whole trunk.
 HEAD_NECK = {"mean": 255.415, "std": 444.195, "percentile_00_5": -116.0, "percentile_99_5": 1638.0}
@@ -116,13 +119,44 @@ def test_the_encoder_sees_the_same_ct_under_three_plans():
         torch.testing.assert_close(final, features["raw window"], rtol=0, atol=1e-4, msg=name)
 
 
-def test_checkpoints_carry_the_map():
-    """Inference rebuilds the network and loads the checkpoint: the values in it win."""
-    map_ = CanonicalIntensity([channel_intensity("CTNormalization", HEAD_NECK, DEFAULT_WINDOW)])
-    rebuilt = CanonicalIntensity.identity(1)
-    rebuilt.load_state_dict(map_.state_dict(), strict=True)
-    x = torch.randn(1, 1, 3, 4, 5)
-    assert torch.equal(rebuilt(x), map_(x)) and not torch.equal(rebuilt(x), x)
+def network_under(properties: dict, num_classes: int = 2) -> HiEndMAEUNETR:
+    config = ViTConfig(patch_size=(4, 4, 4), embed_dim=12, depth=2, num_heads=2, taps=(0, 1))
+    intensity = CanonicalIntensity([channel_intensity("CTNormalization", properties, DEFAULT_WINDOW)])
+    return HiEndMAEUNETR(
+        config, input_channels=1, num_classes=num_classes, img_size=(8, 8, 8), feature_size=2, intensity=intensity
+    )
+
+
+def test_pretrained_weights_bring_neither_map_nor_head(tmp_path):
+    """nnU-Net's own ``-pretrained_weights``: a model of other plans and labels; the map stays that of the new plans."""
+    old, new = network_under(TRUNK, 5), network_under(SARCOMA, 3)
+    torch.save({"network_weights": old.state_dict()}, tmp_path / "checkpoint_final.pth")
+    head = new.head.seg_layers[0].weight.clone()
+    load_pretrained_weights(new, str(tmp_path / "checkpoint_final.pth"))
+    assert torch.equal(new.head.seg_layers[0].weight, head)
+    assert all(torch.equal(p, old.state_dict()[n]) for n, p in new.state_dict().items() if ".seg_layers." not in n)
+    stored = torch.full((1, 1, 4, 4, 4), (60 - SARCOMA["mean"]) / SARCOMA["std"])
+    torch.testing.assert_close(new.intensity(stored), torch.full_like(stored, (60 + 175) / 425))
+
+
+def of_version_0_1(network: HiEndMAEUNETR) -> dict[str, torch.Tensor]:
+    """Its state as that version saved it."""
+    state = {name.replace("head.seg_layers.0", "seg_head"): value for name, value in network.state_dict().items()}
+    return state | {f"intensity.{name}": getattr(network.intensity, name) for name in ("scale", "shift", "is_ct")}
+
+
+def test_checkpoints_of_version_0_1_load():
+    old, new = network_under(TRUNK), network_under(TRUNK)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        new.load_state_dict(of_version_0_1(old), strict=True)
+    assert all(torch.equal(value, new.state_dict()[name]) for name, value in old.state_dict().items())
+
+
+def test_a_checkpoint_trained_with_another_map_is_told():
+    new = network_under(SARCOMA)
+    with pytest.warns(UserWarning, match="trained with other intensities than its plans describe"):
+        new.load_state_dict(of_version_0_1(network_under(TRUNK)), strict=True)
 
 
 def test_other_modalities_are_left_alone():

@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import CHECKOUT, DATASET, World
+from conftest import DATASET, World
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunetv2_hiendmae.weights import load_weights
+from nnunetv2_hiendmae.nnunet.trainer import nnUNetTrainerHiEndMAE
+from nnunetv2_hiendmae.weights.file import WEIGHTS_FILE, load_weights, save_weights
 
 PLANS = "nnUNetPlans_hiendmae"
 TRAIN = f"nnUNetv2_train 901 3d_fullres {{fold}} -tr nnUNetTrainerHiEndMAE -p {PLANS} -device cpu"
@@ -21,15 +23,19 @@ def results(world: World, trainer: str = "nnUNetTrainerHiEndMAE", plans: str = P
 
 
 @pytest.fixture(scope="module")
-def trained(world: World, pretrained: Path) -> World:
-    """Fold 0 trained for two epochs; the log says what was loaded."""
-    world.run(f"hiendmae_plan -d 901 {SHORT}")
-    pretrained.touch()  # other tests pre-train in this world, too
-    log = world.run(TRAIN.format(fold=0))
+def trained(world: World, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Fold 0 trained for two epochs, in results of its own with one pre-training; the log says what was loaded."""
+    place = World(tmp_path_factory.mktemp("trained"))
+    for kind in ("raw", "preprocessed"):
+        (place.root / kind).symlink_to(world.root / kind)
+    weights = place.root / pretrained.relative_to(world.root)
+    shutil.copytree(pretrained.parent, weights.parent)
+    place.run(f"hiendmae_plan -d 901 {SHORT}")
+    log = place.run(TRAIN.format(fold=0))
     sha256 = load_weights(pretrained).sha256
-    assert f"{pretrained} (the newest finished pre-training under nnUNet_results), sha256 {sha256}" in log
+    assert f"{weights} (the only finished pre-training under nnUNet_results), sha256 {sha256}" in log
     assert "dropped: cls_token; fresh: pos_embed (sine-cosine), the whole segmentation decoder" in log
-    return world
+    return place
 
 
 def test_results_say_how_they_were_made(trained: World, pretrained: Path) -> None:
@@ -89,13 +95,37 @@ def test_folds_of_different_networks_are_refused(trained: World) -> None:
         trained.run(f"hiendmae_plan -d 901 {SHORT}")
 
 
-def test_scratch_needs_no_weights(trained: World, pretrained: Path) -> None:
-    hidden = pretrained.with_name("moved_away")
-    pretrained.rename(hidden)
+@pytest.mark.slow
+def test_folds_start_from_the_same_weights(trained: World, pretrained: Path, tmp_path: Path) -> None:
+    """Another fold takes the weights of the first, is refused others, and any choice is the user's to make."""
+    ours, base = load_weights(pretrained), results(trained)
+    other = tmp_path / "other.pth"
+    encoder = {name: tensor + 1e-3 for name, tensor in ours.encoder.items()}
+    sha256 = save_weights(other, encoder, ours.header)
+    log = trained.run(TRAIN.format(fold=1), ok=False, HIENDMAE_WEIGHTS=str(other))
+    assert "fold_0" in log and f" in {base} started from" in log  # other tests may have trained other folds
+    assert f"sha256 {ours.sha256}" in log and f"sha256 {sha256}" in log
+    assert "HIENDMAE_WEIGHTS=FILE" in log and "hiendmae_plan -plans_name NAME" in log and "Traceback" not in log
+    (first,) = (trained.root / "results").rglob(WEIGHTS_FILE)
+    second = first.parent.with_name("later") / first.name
+    second.parent.mkdir()
+    shutil.copy(other, second)  # a later pre-training
+    try:
+        log = trained.run(TRAIN.format(fold="all").replace(PLANS, "nnUNetPlans"), ok=False)
+        assert "Several finished pre-trainings under nnUNet_results" in log and "later" in log and "6 steps" in log
+        log = trained.run(TRAIN.format(fold=1))
+        assert f"{base}/plans.json, as for fold_" in log and f"sha256 {ours.sha256}" in log
+    finally:
+        shutil.rmtree(second.parent)
+
+
+def test_scratch_needs_no_weights(trained: World) -> None:
+    (file,) = (trained.root / "results").rglob(WEIGHTS_FILE)
+    file.rename(file.with_name("moved_away"))
     try:
         log = trained.run(TRAIN.format(fold=0).replace("HiEndMAE ", "HiEndMAE_scratch "))
     finally:
-        hidden.rename(pretrained)
+        file.with_name("moved_away").rename(file)
     assert "Training from random initialisation." in log
 
 
@@ -103,11 +133,11 @@ def test_scratch_needs_no_weights(trained: World, pretrained: Path) -> None:
     ("flags", "message"),
     [
         ("-p nnUNetPlans -configuration", "unrecognized arguments"),
-        ("--epochs 0", "num_epochs=0 must be an integer of at least 1"),
+        ("--epochs 0", "-num_epochs 0 must be an integer of at least 1"),
         ("--epochs many", "invalid int value: 'many'"),
         ("--architecture huge", "Unknown architecture 'huge'"),
         ("--weights nowhere.pth", "The weights file nowhere.pth does not exist."),
-        ("--layer_decay 2", "layer_decay=2.0 must be in (0, 1]"),
+        ("--layer_decay 2", "-layer_decay 2.0 must be in (0, 1]"),
         ("-p NoPlans", "NoPlans.json does not exist. Run 'nnUNetv2_plan_and_preprocess"),
         ("-plans_name a__b", "must not be empty or contain '__'"),
         ("-plans_name nnUNetPlans", "was not written by hiendmae_plan"),
@@ -118,14 +148,20 @@ def test_plan_refuses_in_one_line(world: World, flags: str, message: str) -> Non
     assert message in log and "Traceback" not in log
 
 
+@pytest.mark.slow
 def test_2d_configuration_is_refused(world: World, pretrained: Path) -> None:
     world.run("nnUNetv2_preprocess -d 901 -c 2d -np 1")
     log = world.run("nnUNetv2_train 901 2d 0 -tr nnUNetTrainerHiEndMAE -device cpu", ok=False)
     assert "is a 3D network; train the 2d configuration with nnUNetTrainer" in log and "Traceback" not in log
 
 
-def test_readme_tree_names_every_file() -> None:
-    readme = (CHECKOUT / "README.md").read_text(encoding="utf-8")
-    files = [p for folder in ("nnunetv2_hiendmae", "pretraining") for p in (CHECKOUT / folder).rglob("*.py")]
-    missing = [p.name for p in files if p.name != "__init__.py" and p.name not in readme]
-    assert not missing
+def test_a_checkpoint_by_any_argument_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nnU-Net's versions differ in it."""
+    given: list[object] = []
+    monkeypatch.setattr(nnUNetTrainer, "load_checkpoint", lambda self, checkpoint: given.append(checkpoint))
+    for call in ({"filename_or_checkpoint": "a"}, {"checkpoint": "a"}):
+        trainer = nnUNetTrainerHiEndMAE.__new__(nnUNetTrainerHiEndMAE)
+        trainer.load_checkpoint(**call)
+        assert trainer._resuming
+    trainer.load_checkpoint("a")
+    assert given == ["a"] * 3

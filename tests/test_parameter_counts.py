@@ -27,7 +27,7 @@ UNETR_PARTS = {
     "up_blocks.0": 8_585_216,
     "up_blocks.1": 1_622_016,
     "up_blocks.2": 405_504,
-    "seg_head": 462,
+    "head": 462,
 }
 
 

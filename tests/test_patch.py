@@ -9,7 +9,7 @@ import torch
 from conftest import DATASET, World
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
-from nnunetv2_hiendmae.patch import stretched, with_patch_size
+from nnunetv2_hiendmae.nnunet.plans import stretched, with_patch_size
 
 
 def configuration_of(world: World, plans: str) -> dict:
@@ -35,10 +35,10 @@ def test_network_runs_on_the_patch(world: World, patch: tuple[int, int, int]) ->
 
 
 def test_small_patches_take_their_dice_over_the_batch(world: World) -> None:
-    """As nnU-Net plans it where it would plan a 3d_lowres for the same patch: below an eighth of the median image."""
+    """As nnU-Net plans it where it would plan a 3d_lowres for the same patch: about an eighth of the median image."""
     planned = {**configuration_of(world, "nnUNetPlans"), "median_image_size_in_voxels": [64.0, 64.0, 64.0]}
-    assert with_patch_size(planned, [32, 32, 32])["batch_dice"] is False
-    assert with_patch_size(planned, [24, 32, 32])["batch_dice"] is True
+    assert with_patch_size(planned, [40, 32, 32])["batch_dice"] is False
+    assert with_patch_size(planned, [32, 32, 32])["batch_dice"] is True
 
 
 def test_command_writes_both_sizes(world: World) -> None:

@@ -14,7 +14,8 @@ import pytest
 import SimpleITK as sitk
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 
-from nnunetv2_hiendmae.planner import HiEndMAEPlanner
+from nnunetv2_hiendmae.nnunet.planner import HiEndMAEPlanner
+from nnunetv2_hiendmae.nnunet.plans import takes_batch_dice, with_patch_size
 
 DATASET = "Dataset917_PlannerTest"
 SHAPE, SPACING = (20, 60, 50), (4.0, 1.2, 0.9)  # (z, y, x), mm
@@ -143,6 +144,38 @@ def test_patch_stays_whatever_the_memory_target(folders):
     assert configuration["batch_size"] == 2
 
 
+class FixedPatch(ExperimentPlanner):
+    """nnU-Net's planner with one patch at every spacing, and so with nnU-Net's own rule for ``batch_dice``."""
+
+    patch = (96, 96, 96)
+
+    def get_plans_for_configuration(self, spacing, median_shape, *_):
+        return {"spacing": spacing, "patch_size": self.patch, "median_image_size_in_voxels": median_shape}
+
+
+@pytest.mark.parametrize("spacing", [(1.5, 1.5, 1.5), (5.0, 0.8, 0.8), (1.0, 3.0, 2.1)])
+def test_batch_dice_is_nnunets_rule(folders, spacing):
+    """Images around the border and far from it; the planner and ``hiendmae_plan -patch_size`` agree with nnU-Net."""
+    raw, preprocessed = folders
+    write_dataset(raw, {"0": "CT"})
+    decided = []
+    for edge in (30, 80, 96, 150, 180, 186, 189, 191, 192, 193, 200, 300, 500):
+        write_fingerprint(preprocessed, (edge, edge, edge))
+        plan = FixedPatch("917", overwrite_target_spacing=list(spacing)).plan_experiment()["configurations"]
+        full = plan["3d_fullres"]
+        found = takes_batch_dice(full["patch_size"], full["spacing"], full["median_image_size_in_voxels"])
+        assert found == full["batch_dice"] == ("3d_lowres" in plan)
+        decided.append(found)
+        if edge in (96, 500):
+            ours = HiEndMAEPlanner("917", overwrite_target_spacing=list(spacing)).plan_experiment()
+            configuration = ours["configurations"]["3d_fullres"]
+            resized = with_patch_size(configuration, configuration["patch_size"])
+            assert configuration["batch_dice"] == resized["batch_dice"]
+            if tuple(configuration["patch_size"]) == FixedPatch.patch:
+                assert configuration["batch_dice"] == found
+    assert set(decided) == {True, False}
+
+
 def test_channels_that_are_no_ct_keep_nnunets_scheme(folders):
     raw, preprocessed = folders
     write_dataset(raw, {"0": "MR", "1": "CT"})
@@ -154,6 +187,15 @@ def test_channels_that_are_no_ct_keep_nnunets_scheme(folders):
     ]
     properties = plans["foreground_intensity_properties_per_channel"]
     assert "window_lower" not in properties["0"] and properties["1"]["window_lower"] == -175.0
+
+
+def test_a_ct_of_another_name_is_planned_as_ct_and_told_once(folders, capsys):
+    raw, preprocessed = folders
+    write_dataset(raw, {"0": "CTA"})
+    write_fingerprint(preprocessed, (100, 110, 90))
+    plans = HiEndMAEPlanner("917").plan_experiment()
+    assert plans["configurations"]["3d_fullres"]["normalization_schemes"] == ["HUWindowNormalization"]
+    assert capsys.readouterr().out.count("channel 0 (CTA): its values are those of CT, and it is planned as such.") == 1
 
 
 def test_a_very_coarse_axis_has_fewer_voxels(folders):

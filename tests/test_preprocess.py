@@ -9,10 +9,11 @@ from pathlib import Path
 import blosc2
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from conftest import World, shared_folder
 from heap import ct, write
 
-from nnunetv2_hiendmae.weights import load_weights
+from nnunetv2_hiendmae.weights.file import load_weights
 
 NAME = "Dataset510_Heap"
 
@@ -54,6 +55,7 @@ def test_two_commands_from_raw_to_weights(place: World) -> None:
     assert provenance["spacing_median"] == [3.0, 2.0, 2.0]
 
 
+@pytest.mark.slow
 def test_equals_nnunet_where_labels_are(place: World) -> None:
     """With labels there, nnU-Net's own command under the same plans writes the same voxels."""
     place.run("hiendmae_plan_and_preprocess -d 510 -spacing 3 3 3 -np 1")
@@ -83,6 +85,7 @@ def test_one_plans_file_has_one_spacing(place: World) -> None:
     assert plans_file.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_nnunet_makes_its_own_fingerprint_of_labelled_data(place: World) -> None:
     """Ours has intensities of the body; nnU-Net would take it for its own, of labelled voxels."""
     raw = place.root / "raw" / NAME
@@ -114,6 +117,53 @@ def test_bad_case_is_left_out_and_finished_ones_are_kept(place: World) -> None:
     assert {n for n in before if before[n] == after[n]} == set(before) - {"case_1.b2nd", "case_1_seg.b2nd"}
     manifest = json.loads((folder.parent / "hiendmae_manifest.json").read_text(encoding="utf-8"))
     assert manifest["cases"] == 5
+
+
+def test_incomplete_cases_are_named(place: World) -> None:
+    """The first case is damaged, others lack a channel, have another grid, a surplus file, or one slice."""
+    images = place.root / "raw" / NAME / "imagesTr"
+    description = json.loads((images.parent / "dataset.json").read_text(encoding="utf-8"))
+    description["channel_names"] = {"0": "CT", "1": "CT"}
+    (images.parent / "dataset.json").write_text(json.dumps(description))
+    for i in (0, 1, 3, 4):
+        write(ct(10 + i, (24, 32, 30 if i == 4 else 40)), images / f"case_{i}_0001.nii.gz")
+    write(ct(5), images / "case_5_0001.nii.gz")
+    for channel in (0, 1):
+        write(ct(6 + channel, (1, 32, 40)), images / f"case_6_000{channel}.nii.gz")
+    write(ct(9), images / "case_3_0002.nii.gz")
+    (images / "case_0_0000.nii.gz").write_bytes(b"no image")
+    command = "hiendmae_plan_and_preprocess -d 510 -spacing 3 3 3 -np 1"
+    log = place.run(command, ok=False, nnUNet_n_proc_DA="0")
+    assert "Traceback" not in log and "1 cases preprocessed, 6 left out" in log
+    for name, reason in {
+        "case_0_0000": "truncated or damaged",
+        "case_2_0001": "missing: channel 1 (CT) of case case_2; add it",
+        "case_3_0002": "case case_3 has more channels than the 2 of dataset.json",
+        "case_4_0000": "the channels differ in size (case_4_0000.nii.gz: 40 × 32 × 24",
+        "case_5_0000": "missing: channel 0 (CT) of case case_5",
+        "case_6_0000": "a single slice (1 × 32 × 40 voxels)",
+    }.items():
+        assert f"LEFT OUT {images / name}.nii.gz: {reason}" in log
+
+
+def test_no_case_is_complete(place: World) -> None:
+    file = place.root / "raw" / NAME / "dataset.json"
+    description = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**description, "channel_names": {"0": "CT", "1": "PET"}}))
+    log = place.run("hiendmae_plan_and_preprocess -d 510", ok=False)
+    assert (
+        "No case of Dataset510_Heap has all its images" in log and "case_0_0001.nii.gz: missing: channel 1 (PET)" in log
+    )
+    file.write_text(json.dumps({**description, "dataset": {"a": {"images": ["imagesTr/none_0000.nii.gz"]}}}))
+    log = place.run("hiendmae_plan_and_preprocess -d 510", ok=False)
+    assert "imagesTr/none_0000.nii.gz: missing: channel 0 (CT) of case a" in log and "Traceback" not in log
+
+
+@pytest.mark.parametrize("setting", ["nnUNet_n_proc_DA=many", "nnUNet_n_proc_DA=-1", "nnUNet_def_n_proc=0"])
+def test_settings_of_nnunet_that_are_no_numbers(place: World, setting: str) -> None:
+    name, value = setting.split("=")
+    log = place.run("hiendmae_plan_and_preprocess -d 510", ok=False, **{name: value})
+    assert log.startswith(f"The environment variable {name} is '{value}'") and len(log.splitlines()) == 1
 
 
 @pytest.mark.slow
@@ -162,3 +212,25 @@ def test_real_scans_without_labels(tmp_path: Path) -> None:
     assert "13 cases preprocessed, 0 left out" in place.run("hiendmae_plan_and_preprocess -d 500 -np 2")
     log = place.run("hiendmae_pretrain -d 500 -preset tiny -device cpu -steps 4 -batch_size 2 -num_workers 1")
     assert "Encoder weights" in log
+
+
+def test_the_gate_of_ingesting_holds_here_too(place: World) -> None:
+    """Intercept applied twice, forgotten behind padding, zeros: left out with the reason, unless the gate is off."""
+    images = place.root / "raw" / NAME / "imagesTr"
+    forgotten = sitk.GetArrayFromImage(ct(0)).astype(np.int16) + 1024
+    forgotten[:, :6] = -2000
+    bad = {
+        "case_0": (sitk.GetImageFromArray(forgotten), "rescale intercept not applied"),
+        "case_1": (ct(1) - 1024, "applied twice"),
+        "case_2": (ct(2) * 0, "constant volume"),
+    }
+    for case, (image, _) in bad.items():
+        image.SetSpacing(ct(0).GetSpacing())
+        write(image, images / f"{case}_0000.nii.gz")
+    command = "hiendmae_plan_and_preprocess -d 510 -spacing 3 3 3 -np 1"
+    log = place.run(command, ok=False)
+    assert "2 cases preprocessed, 3 left out" in log and "channel 0 (CT): HUWindowNormalization, mapped" in log
+    for case, (_, reason) in bad.items():
+        (line,) = [line for line in log.splitlines() if f"{case}_0000" in line]
+        assert line.startswith("LEFT OUT ") and reason in line
+    assert "5 cases preprocessed, 0 left out" in place.run(f"{command} --no_quality_gate")

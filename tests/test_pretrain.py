@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import DATASET, World
 
-from nnunetv2_hiendmae.weights import load_weights
-from pretraining.cli import parser
+from nnunetv2_hiendmae.weights.file import load_weights
+from pretraining.commands.pretrain import parser
 from pretraining.config import ModelConfig, RunConfig, Runtime
 from pretraining.masking import patchify
 from pretraining.model import HiEndMAE
@@ -36,7 +36,7 @@ def test_run_folder_has_everything(pretrained: Path) -> None:
     names = {name for name in names if not name.startswith("events.")}
     assert names == {
         "config.json", "metrics.jsonl", "progress.png", "checkpoint_final.pth", "encoder_weights.pth", "previews",
-        ".lock",
+        ".lock", "cases.json",
     }  # fmt: skip
     assert (pretrained.parent / "previews" / "step_00000006.png").stat().st_size > 10_000
     entries = [
@@ -54,7 +54,7 @@ def test_refusals(world: World, pretrained: Path) -> None:
     log = world.run(f"hiendmae_pretrain -d 901 {SMALL} -steps 6", ok=False)
     assert "holds a run already. Continue it with --c" in log
     log = world.run(f"hiendmae_pretrain -d 901 {SMALL} -steps 6 -lr 0.5 --c", ok=False)
-    assert "base_lr: 0.001 → 0.5" in log
+    assert "base_lr: 0.0005 → 0.5" in log
     log = world.run(f"hiendmae_pretrain -d 901 {SMALL} -steps 6 -run new --c", ok=False)
     assert "has no checkpoint to continue from" in log
     assert not folder(world, "new").exists()
@@ -63,12 +63,12 @@ def test_refusals(world: World, pretrained: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("-d 901 -crop_size 20 32 40", "img_size=(20, 32, 40) must be a multiple of patch_size=(8, 8, 8)"),
+        ("-d 901 -crop_size 20 32 40", "-crop_size (20, 32, 40) must be a multiple of -vit_patch_size (8, 8, 8)"),
         ("-d 901 -batch_size 0", "-batch_size 0"),
         ("-d 901 -steps -3", "-steps -3 must be at least 1"),
-        ("-d 901 -mask_ratio 1", "mask_ratio=1.0 leaves 0 of"),
+        ("-d 901 -mask_ratio 1", "-mask_ratio 1.0 leaves 0 of"),
         ("-d 901 -steps 5 -epochs 2", "not allowed with argument"),
-        ("-d 901 -window 250 -175", "HU window (250.0, -175.0) is empty"),
+        ("-d 901 -window_hu 250 -175", "-window_hu (250.0, -175.0) is empty"),
         ("-d 444", "-d 444"),
         ("-d 901 -p NoPlans", "NoPlans.json does not exist"),
         ("-d 901 -c 3d_lowres", "has no configuration '3d_lowres' (-c); it has"),
@@ -100,10 +100,10 @@ def test_unset_folder_is_named(world: World, variable: str, monkeypatch: pytest.
 def test_flags_cover_config_and_runtime() -> None:
     flags = {action.dest for action in parser()._actions}
     names = {
-        "datasets": "d", "plans": "p", "configuration": "c", "base_lr": "lr", "window_hu": "window",
+        "datasets": "d", "plans": "p", "configuration": "c",
         "augment": "no_augmentation", "packed_bits": "packed",
     }  # fmt: skip
-    python_only = {"model", "body_fraction", "warmup_fraction", "weight_decay", "decay_all"}
+    python_only = {"model", "body_fraction", "recipe", "weight_decay", "decay_all"}
     settings = {f.name for config in (RunConfig, Runtime) for f in fields(config)} - python_only
     assert {names.get(name, name) for name in settings} <= flags
 
@@ -122,5 +122,5 @@ def test_reconstruction_pastes_and_denormalises() -> None:
     assert visible.float().mean() == 0.5 and torch.equal(rebuilt[visible], x[visible])
     masked = model.target(patchify(x, config.patch_size), ids)
     every = torch.cat([torch.zeros(2, config.num_visible + 1, config.patch_dim), masked], dim=1)
-    model.decode = lambda *_: every  # type: ignore[method-assign, assignment]
+    model.forward_decoder = lambda *_, **__: every  # type: ignore[method-assign, assignment]
     torch.testing.assert_close(reconstruct(model, x, ids)[1], x, atol=1e-5, rtol=0)

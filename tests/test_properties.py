@@ -13,14 +13,15 @@ from nnunetv2.preprocessing.normalization.default_normalization_schemes import C
 
 from nnunetv2_hiendmae.architectures import HiEndMAEUNETR, ViTConfig
 from nnunetv2_hiendmae.architectures.pos_embed import interpolate_pos_embed, sincos_pos_embed
+from nnunetv2_hiendmae.crops import read_padded
 from nnunetv2_hiendmae.intensity import CanonicalIntensity, channel_intensity
-from nnunetv2_hiendmae.normalization import HUWindowNormalization
-from nnunetv2_hiendmae.patch import MAX_FEATURES, with_patch_size
+from nnunetv2_hiendmae.nnunet.normalization import HUWindowNormalization
+from nnunetv2_hiendmae.nnunet.plans import MAX_FEATURES, with_patch_size
 from pretraining.config import ModelConfig
-from pretraining.corpus import choose_start, find_body_cells, read_padded
+from pretraining.data.corpus import choose_start, find_body_cells
+from pretraining.data.packed import dequantisation, quantise
 from pretraining.masking import num_visible, patchify, random_shuffle, take_tokens, unpatchify
 from pretraining.model import HiEndMAE
-from pretraining.packed import dequantisation, quantise
 
 settings.register_profile(
     "here", max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
@@ -127,7 +128,7 @@ def test_every_plan_leads_to_the_same_canonical_values(values, mean, std, clip, 
     """Through nnU-Net's normalisation and our layer: what the plan's clip left, in the window's units."""
     low, high = clip
     properties = {"mean": mean, "std": std, "percentile_00_5": low, "percentile_99_5": high}
-    properties |= {"window_lower": low, "window_upper": high}
+    properties |= {"window_lower": low, "window_upper": high, "min": -1024.0, "max": 3071.0, "median": 40.0}
     scheme, cls = ("HUWindowNormalization", HUWindowNormalization) if ours else ("CTNormalization", CTNormalization)
     image = np.array(values, np.float32).reshape(2, 2, 2)
     stored = cls(use_mask_for_norm=False, intensityproperties=properties).run(image.copy())
@@ -219,7 +220,8 @@ def test_planned_patches_can_be_halved(spacing, patch, median, residual: bool) -
         patch = tuple(int(word) for word in str(error).rpartition("[")[2].rstrip("].").split(","))
         changed = with_patch_size(plan, patch)
     assert changed["patch_size"] == list(patch)
-    assert changed["batch_dice"] == (8 * np.prod(patch) < np.prod(median))
+    share = np.prod(median) / np.prod(patch)  # nnU-Net's search overshoots by up to 1.03³
+    assert share > 7.3 if changed["batch_dice"] else share < 8
     network = changed["architecture"]["arch_kwargs"]
     halved = np.prod(network["strides"], axis=0)
     assert all(p % h == 0 and p // h >= 4 for p, h in zip(patch, halved, strict=True))

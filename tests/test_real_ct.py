@@ -53,7 +53,7 @@ def test_own_weights_under_default_plans(tmp_path: Path) -> None:
     """Dataset501: patch 80 × 128 × 128, not divisible by 12, anisotropic, clipped at -116 HU."""
     world = World(tmp_path)
     folder = link(world, "Dataset501_OpenKBP", 48)
-    world.run("nnUNetv2_plan_and_preprocess -d 501 -c 3d_fullres -np 2", nnUNet_def_n_proc="2")
+    world.run("nnUNetv2_plan_and_preprocess -d 501 -c 3d_fullres -np 2 -npfp 2", nnUNet_def_n_proc="2")
     assert plans_of(folder, "nnUNetPlans")["patch_size"] == [80, 128, 128]
     (folder / "splits_final.json").write_text(json.dumps([{"train": ["kbp_001", "kbp_002"], "val": ["kbp_004"]}]))
     world.run("hiendmae_pretrain -d 501 -preset tiny -device cpu -steps 4 -val_every 4 -num_workers 1")
@@ -71,9 +71,9 @@ def test_authors_weights_under_both_plans(tmp_path: Path, dataset: str, cases: i
     folder, number = link(world, dataset, cases), dataset[len("Dataset") :].split("_")[0]
     checkpoint, weights = shared_folder() / "reference" / "golden" / "p12_ckpt.pth", tmp_path / "weights.pth"
     world.run(f"hiendmae_import_weights {checkpoint} -o {weights} -num_heads 4")
-    world.run(f"nnUNetv2_plan_and_preprocess -d {number} -c 3d_fullres -np 2")
+    world.run(f"nnUNetv2_plan_and_preprocess -d {number} -c 3d_fullres -np 2 -npfp 2")
     # 3 mm instead of 1.5 mm: an eighth of the tiles to predict.
-    planner = f"nnUNetv2_plan_and_preprocess -d {number} -c 3d_fullres -np 2 -pl HiEndMAEPlanner"
+    planner = f"nnUNetv2_plan_and_preprocess -d {number} -c 3d_fullres -np 2 -npfp 2 -pl HiEndMAEPlanner"
     world.run(f"{planner} -overwrite_target_spacing 3 3 3")
     ours = plans_of(folder, "HiEndMAEPlans")
     assert (ours["patch_size"], ours["normalization_schemes"]) == ([96, 96, 96], ["HUWindowNormalization"])

@@ -11,8 +11,8 @@ import SimpleITK as sitk
 from conftest import DATASET, World
 from hub_stand_in import TOKEN, Hub, stand_in
 
-from nnunetv2_hiendmae.model_card import model_card
-from nnunetv2_hiendmae.weights import Weights, load_weights
+from nnunetv2_hiendmae.weights.file import Weights, load_weights
+from nnunetv2_hiendmae.weights.model_card import model_card
 
 REPO = "lab/ct-encoder"
 
@@ -44,6 +44,7 @@ def test_push_then_pull(world: World, pretrained: Path, hub: Hub, tmp_path: Path
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "hf") == ["weights.pth"]
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_is_told_in_a_line(world: World, pretrained: Path, hub: Hub, tmp_path: Path) -> None:
     hub.files[f"{REPO}/encoder_weights.pth"] = b"no weights"
     target = tmp_path / "weights.pth"

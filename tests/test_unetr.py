@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nnunetv2_hiendmae.architectures import HiEndMAEUNETR, ViT, ViTConfig, interpolate_pos_embed, sincos_pos_embed
-from nnunetv2_hiendmae.weights import Weights, load_encoder
+from nnunetv2_hiendmae.weights.file import Weights, load_encoder
 
 CONFIG = ViTConfig(patch_size=(6, 4, 8), embed_dim=24, depth=4, num_heads=2, taps=(0, 1, 3))
 
@@ -124,6 +124,10 @@ def test_channels_of_the_file_are_summed_unless_the_numbers_agree():
     load_encoder(same.vit, weights, 2)
     assert torch.equal(same.vit.patch_embed.proj.weight, kernel)
     load_encoder(three.vit, weights, 3)
+    cascade = build(input_channels=4)  # two image channels, then the one-hot segmentation of the stage before
+    load_encoder(cascade.vit, weights, 2)
+    assert torch.equal(cascade.vit.patch_embed.proj.weight[:, :2], kernel)
+    assert cascade.vit.patch_embed.proj.weight[:, 2:].abs().max() == 0
     for channel in three.vit.patch_embed.proj.weight.unbind(1):
         torch.testing.assert_close(channel, (kernel[:, 0] + kernel[:, 1]) / 3)
 

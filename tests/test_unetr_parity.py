@@ -38,7 +38,7 @@ MODULES = {
     "decoder3.conv_block": "up_blocks.2.mix",
     "decoder2.conv3d": "reduce",
     "decoder2.conv_block": "mix",
-    "out.conv.conv": "seg_head",
+    "out.conv.conv": "head.seg_layers.0",
     "vit.patch_embedding.patch_embeddings.1": "vit.patch_embed.proj",
     "vit.norm": "vit.norm",
 }

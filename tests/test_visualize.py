@@ -16,19 +16,23 @@ import torch
 from conftest import DATASET, World
 from matplotlib.image import imread
 
+from nnunetv2_hiendmae.architectures.encoder import untrained
+from nnunetv2_hiendmae.crops import crop_around
 from nnunetv2_hiendmae.intensity import DEFAULT_WINDOW
-from pretraining.corpus import TISSUE_MARGIN
+from pretraining.checkpoint import FINAL, save_checkpoint
+from pretraining.commands import visualize
+from pretraining.config import RunConfig
+from pretraining.data.corpus import TISSUE_MARGIN
 from pretraining.model import HiEndMAE
-from pretraining.visualize import cli
+from pretraining.train import TrainState
 from pretraining.visualize.attention import (
-    crop_around,
     decoder_attention,
     encoder_attention,
     token_of,
 )
 from pretraining.visualize.cases import read_ct, read_preprocessed
 from pretraining.visualize.features import colours
-from pretraining.visualize.source import Source, open_source, untrained
+from pretraining.visualize.source import Source, open_source
 from pretraining.visualize.tiles import crop_at, encode_volume, reconstruct_volume
 
 SPACING = (8.0, 6.0, 6.0)
@@ -107,7 +111,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     """Exit code and all output."""
     monkeypatch.setattr(sys, "argv", ["hiendmae_visualize", *flags.split()])
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        visualize.main()
     shown = capsys.readouterr()
     return int(end.value.code or 0), shown.out + shown.err
 
@@ -124,7 +128,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         ("-run {run} -i {ct} -o {out} -spacing 0 1 1", "three numbers in mm"),
         ("-run {run} -i {ct} -o {out} -seed -1", "must be at least 0"),
         ("-run {out}/none -i {ct} -o {out}", "does not exist; name the folder"),
-        ("-run {out} -i {ct} -o {out}", "has no checkpoint. Name the folder"),
+        ("-run {out} -i {ct} -o {out}", "has no sound checkpoint. Name the folder"),
         ("-run {run}/checkpoint_final.pth -i {ct} -o {out}", "is a checkpoint; name its folder"),
         ("-run {ct} -i {ct} -o {out}", "is not a file of plain tensors"),
         ("-run {run} -i {out}/none.nii.gz -o {out}", "none.nii.gz does not exist"),
@@ -220,14 +224,14 @@ def test_maps_of_encoder_and_decoder(source: Source, ct: Path) -> None:
     token = token_of(voxel, start, source.model.config.patch_size, grid)
     for found in encoder_attention(source.encoder, x, token):
         assert found.weights.shape == grid and found.num_keys == 1 + np.prod(grid)
-        assert found.weights.sum() + found.to_class_token == pytest.approx(1, abs=1e-5)
+        assert found.weights.sum() + found.to_others == pytest.approx(1, abs=1e-5)
     for masks in (1, 9):
         maps = decoder_attention(source.model, x, token, seed=0, num_masks=masks)
         assert [found.layer for found in maps] == [3, 6, 9]
         assert all(np.isnan(found.weights.ravel()[token]) for found in maps)
     for found in decoder_attention(source.model, x, token, seed=0, num_masks=1):
         assert np.isfinite(found.weights).sum() == source.model.config.num_visible
-        assert np.nansum(found.weights) + found.to_class_token == pytest.approx(1, abs=1e-5)
+        assert np.nansum(found.weights) + found.to_others == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize(("decoder", "layers"), [("last_layer", [11, 11, 11]), ("self_attention", [])])
@@ -236,6 +240,39 @@ def test_maps_of_the_decoder_controls(decoder: str, layers: list[int], source: S
     model = HiEndMAE(replace(source.model.config, decoder=decoder)).eval()
     maps = decoder_attention(model, torch.rand(1, 1, *source.img_size), token=5, seed=0, num_masks=2)
     assert [found.layer for found in maps] == layers
+
+
+def test_pictures_of_a_primus(
+    world: World, source: Source, ct: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """With register tokens, which are keys and are not shown."""
+    assert source.model is not None
+    model = replace(
+        source.model.config, kind="primus", embed_dim=24, num_heads=2, depth=4, taps=(1, 3), patch_size=(8, 8, 8),
+        encoder_options={"num_register_tokens": 2},
+    )  # fmt: skip
+    run = RunConfig(datasets=(DATASET,), plans="nnUNetPlans", configuration="3d_fullres", model=model, steps=1,
+                    batch_size=1)  # fmt: skip
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save_checkpoint(folder / FINAL, TrainState.create(run, torch.device("cpu")).to_dict(run))
+    primus = open_source(folder, torch.device("cpu"))
+    x, grid = torch.rand(1, 1, *model.img_size), model.grid
+    for found in encoder_attention(primus.encoder, x, 7):
+        assert found.weights.shape == grid and found.num_keys == 2 + np.prod(grid)
+        assert 0 < found.to_others < 1 and found.weights.sum() + found.to_others == pytest.approx(1, abs=1e-5)
+    assert primus.model is not None
+    for found in decoder_attention(primus.model, x, 7, seed=0, num_masks=1):
+        assert np.isfinite(found.weights).sum() == found.num_keys == model.num_visible
+        assert found.to_others == 0 and np.nansum(found.weights) == pytest.approx(1, abs=1e-5)
+    for kind in ("raw", "preprocessed"):
+        monkeypatch.setenv(f"nnUNet_{kind}", str(world.root / kind))
+    case = ct.name.removesuffix("_0000.nii.gz")
+    code, log = command(monkeypatch, capsys, f"-run {folder} -d 901 -case {case} -o {tmp_path / 'out'}")
+    assert code == 0, log
+    names = {"reconstruction.png", "attention.png", "features.png", "index.html", "reconstruction.nii.gz"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == names
 
 
 def test_features_of_a_ct(source: Source, ct: Path) -> None:
@@ -248,7 +285,7 @@ def test_features_of_a_ct(source: Source, ct: Path) -> None:
         assert [f.layer for f in found] == list(config.taps)
         return [f.rgb for f in found]
 
-    trained, again, random = look(source.encoder), look(source.encoder), look(untrained(source, 0))
+    trained, again, random = look(source.encoder), look(source.encoder), look(untrained(source.encoder, 0))
     for a, b, c in zip(trained, again, random, strict=True):
         assert np.array_equal(a, b) and not np.array_equal(a, c)
         assert np.array_equal(a.any(-1), c.any(-1)) and 0.1 < a.any(-1).mean() < 1

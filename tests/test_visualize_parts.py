@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
 
+from nnunetv2_hiendmae.architectures import PrimusConfig
 from nnunetv2_hiendmae.architectures.blocks import CrossAttention, SelfAttention
+from nnunetv2_hiendmae.crops import crop_around
 from pretraining.visualize.attention import (
+    AttentionCalls,
     attention_weights,
-    crop_around,
-    linear_layers,
     orders_hiding,
-    projections,
-    queries_and_keys,
 )
 from pretraining.visualize.cases import Frame, read_ct
 from pretraining.visualize.features import principal_colours, without_place
@@ -79,21 +79,35 @@ def test_tiles_cover_a_volume_once() -> None:
     assert (count == 1).all()
 
 
-@pytest.mark.parametrize("kind", ["self", "cross"])
+def of_a_primus() -> torch.nn.Module:
+    config = PrimusConfig(patch_size=(4, 4, 4), embed_dim=24, depth=1, num_heads=4, taps=(0,), num_register_tokens=2)
+    return config.build((1, 5, 1)).blocks[0].attn
+
+
+@pytest.mark.parametrize("kind", ["self", "cross", "primus"])
 def test_weights_are_those_that_the_block_used(kind: str) -> None:
     torch.manual_seed(0)
     x, memory = torch.randn(2, 7, 24), torch.randn(2, 5, 24)
-    attention = SelfAttention(24, 4) if kind == "self" else CrossAttention(24, 4)
-    with torch.no_grad(), projections(linear_layers(attention)) as caught:
-        output = attention(x) if kind == "self" else attention(x, memory)
-    q, k = queries_and_keys(attention, caught)
-    weights = attention_weights(q, k, 4)
+    attention: Any = (
+        {"self": SelfAttention, "cross": CrossAttention}[kind](24, 4) if kind != "primus" else of_a_primus()
+    )
+    angles = torch.randn(5, 3, generator=torch.Generator().manual_seed(1)).repeat_interleave(2, 1)
+    rope = torch.cat([angles.sin(), angles.cos()], 1)  # the first two tokens have no place
+    with torch.no_grad(), AttentionCalls() as calls:
+        output = (
+            attention(x, memory) if kind == "cross" else attention(x, **({"rope": rope} if kind == "primus" else {}))
+        )
+    [(q, k)] = calls.found
+    weights = attention_weights(q, k)
     assert torch.allclose(weights.sum(-1), torch.ones(2, 4, 7), atol=1e-6)
-    v = caught[attention.qkv].chunk(3, -1)[2] if kind == "self" else caught[attention.kv].chunk(2, -1)[1]
-    heads = v.unflatten(-1, (4, -1)).transpose(1, 2)
     with torch.no_grad():
-        assert torch.allclose(attention.proj((weights @ heads).transpose(1, 2).flatten(2)), output, atol=1e-5)
-    assert not attention._forward_hooks and not any(m._forward_hooks for m in attention.modules())
+        v = {
+            "self": lambda: attention.qkv(x).chunk(3, -1)[2],
+            "cross": lambda: attention.kv(memory).chunk(2, -1)[1],
+            "primus": lambda: attention.v_proj(x),
+        }[kind]()
+        mixed = (weights @ v.unflatten(-1, (4, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
+        assert torch.allclose(attention.proj(attention.norm(mixed) if kind == "primus" else mixed), output, atol=1e-5)
 
 
 def test_the_query_stays_hidden() -> None:

@@ -1,10 +1,10 @@
 """What a linear map reads from each layer of an encoder.
 
-    nnUNet_results=$(mktemp -d) python linear_probe.py weights/hi.pth weights/mae.pth
+    nnUNet_results=$(mktemp -d) python .../docs/few_labels/linear_probe.py weights/hi.pth weights/mae.pth
 
 Tokens (4³ voxels of 5 mm) of crops around organs, from the 38 training cases, are mapped by ridge regression onto the
 share of each organ in them; average precision is measured on crops of the 10 test cases. No network is trained, so the
-numbers hardly depend on chance. Needs the preprocessed data of ``run.sh``.
+numbers hardly depend on chance. Needs the preprocessed data and the weights of ``run.sh``, and starts where that ran.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch.nn.functional import avg_pool3d
 
 from nnunetv2_hiendmae.command import CommandParser
-from nnunetv2_hiendmae.folders import preprocessed_folder, read_json, read_plans
-from nnunetv2_hiendmae.trainer import nnUNetTrainerHiEndMAE, nnUNetTrainerHiEndMAE_scratch
+from nnunetv2_hiendmae.files import preprocessed_folder, read_json, read_plans
+from nnunetv2_hiendmae.nnunet.trainer import nnUNetTrainerHiEndMAE, nnUNetTrainerHiEndMAE_scratch
 
 DATASET, PLANS, CROP, TRAIN_BATCHES, TEST_BATCHES, RIDGE, POSITIVE = "501", "nnUNet5mmPlans", 32, 120, 60, 30.0, 0.3
 Batches = list[dict[str, Any]]

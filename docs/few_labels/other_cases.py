@@ -1,11 +1,11 @@
-"""The kept networks of a grid on cases that the benchmark never saw.
+"""The networks of a grid on cases that the benchmark never saw.
 
-    nnUNet_preprocessed=preprocessed nnUNet_results=results python other_cases.py grid.json IMAGES LABELS WORK
+    python other_cases.py grid.json IMAGES LABELS WORK
 
-Predicts the cases in IMAGES (names as nnU-Net wants them, ``case_0000.nii.gz``) with every kept network of the grid and
-prints Dice, surface Dice, HD95 and the paired differences by the rules of ``hiendmae_benchmark report``. LABELS has the
-references, ``case.nii.gz``, WORK gets the predictions; started again, it goes on where it was. A network that is not
-kept counts as missing.
+Predicts the cases in IMAGES (names as nnU-Net wants them, ``case_0000.nii.gz``) with every network that ``run.sh``
+trained for the grid (nnU-Net's variables as for ``run.sh``) and prints Dice, surface Dice, HD95 and the paired
+differences by the rules of ``hiendmae_benchmark report``. LABELS has the references, ``case.nii.gz``, WORK gets the
+predictions; started again, it goes on where it was. A network that is not there counts as missing.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from nnunetv2_hiendmae.benchmark.arms import fold_folder, plans_name
 from nnunetv2_hiendmae.benchmark.collect import METRICS, Result, Score
 from nnunetv2_hiendmae.benchmark.grid import Grid, Run, read_grid
 from nnunetv2_hiendmae.benchmark.record import FINAL
-from nnunetv2_hiendmae.benchmark.surface import surface_scores
+from nnunetv2_hiendmae.benchmark.surface import Diagonals, surface_scores
 from nnunetv2_hiendmae.benchmark.tables import Table, comparison_table, comparisons, metric_table
 from nnunetv2_hiendmae.command import CommandParser
-from nnunetv2_hiendmae.folders import read_json, results_folder
+from nnunetv2_hiendmae.files import read_json, results_folder
 
 TOLERANCE_MM = 2.0  # as hiendmae_benchmark report
 
 
 def scored(grid: Grid, run: Run, images: Path, references: Path, work: Path) -> Result:
     """Predict and score the cases with the network of one run."""
-    kept = fold_folder(grid, run)
-    folder = work / kept.relative_to(results_folder())
+    trained = fold_folder(grid, run)
+    folder = work / trained.relative_to(results_folder())
     result = Result(run=run, folder=folder, train_cases=0)
-    if not (kept / FINAL).is_file():
+    if not (trained / FINAL).is_file():
         result.status = "missing"
         return result
-    dataset = read_json(kept.parent / "dataset.json")
+    dataset = read_json(trained.parent / "dataset.json")
     organs = {str(label): name for name, label in dataset["labels"].items() if label}
     ending = dataset["file_ending"]
     cases = sorted(file.name.removesuffix(ending) for file in references.glob(f"*{ending}"))
@@ -45,14 +45,14 @@ def scored(grid: Grid, run: Run, images: Path, references: Path, work: Path) -> 
     out = folder / "validation"  # where the surface metrics look for predictions
     out.mkdir(parents=True, exist_ok=True)
     for name in ("dataset.json", "plans.json"):
-        shutil.copy(kept.parent / name, folder.parent)
+        shutil.copy(trained.parent / name, folder.parent)
     if not all((out / f"{case}{ending}").is_file() for case in cases):
         model = ["-d", run.dataset, "-c", run.configuration, "-tr", run.arm.trainer, "-p", plans_name(grid, run.arm)]
-        options = ["-f", kept.name.removeprefix("fold_"), "-device", grid.device, "-npp", "1", "-nps", "1"]
+        options = ["-f", trained.name.removeprefix("fold_"), "-device", grid.device, "-npp", "1", "-nps", "1"]
         predict = Path(sys.executable).with_name("nnUNetv2_predict")
         command = [predict, "-i", images, "-o", out, *model, *options, "--continue_prediction"]
         subprocess.run(command, check=True, stdout=sys.stderr)
-    for case, scores in surface_scores(folder, cases, list(organs), references, TOLERANCE_MM).items():
+    for case, scores in surface_scores(folder, cases, list(organs), references, TOLERANCE_MM, Diagonals()).items():
         result.scores += [Score(case=case, organ=organs[key], **values) for key, values in scores.items()]
     return result
 

@@ -5,7 +5,8 @@
 #   export nnUNet_raw=... nnUNet_preprocessed=... nnUNet_results=...     with Dataset500 and Dataset501 in nnUNet_raw
 #   cd a folder to work in; bash .../docs/few_labels/run.sh
 #
-# Stopped, it goes on where it was when started again.
+# Stopped, it goes on where it was when started again. Networks stay in nnUNet_results, the pre-trained
+# encoders in weights/; archive.py makes runs.tar.xz and report*/.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export OMP_WAIT_POLICY=PASSIVE # two processes share two cores
@@ -27,6 +28,7 @@ hiendmae_plan_and_preprocess -d 500 -spacing 5 5 5 -p HiEndMAE5mmPlans
 pretrain() { # run name, decoder, steps
   local run=$nnUNet_results/Dataset500_OpenKBPUnlabelled/HiEndMAE__HiEndMAE5mmPlans__3d_fullres/$1
   [ -f "$run/checkpoint_final.pth" ] || hiendmae_pretrain -d 500 -p HiEndMAE5mmPlans -preset nano -device cpu -run "$1" \
+    -lr 1.5e-3 -warmup_steps "$(($3 / 100))" -weight_init published \
     -decoder "$2" --no_augmentation -steps "$3" -val_every 250 -preview_epochs 0 -num_workers 1 -log_every 50 \
     -num_gpus 2 $([ -f "$run/checkpoint_latest.pth" ] && echo --c)
   mkdir -p weights && cp "$run/encoder_weights.pth" "weights/$1.pth"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from dynamic_network_architectures.building_blocks.regularization import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,6 +22,14 @@ class LayerNorm(nn.LayerNorm):
 
     def __init__(self, dim: int, **kwargs: Any) -> None:
         super().__init__(dim, eps=1e-6, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The norm of tokens, in their dtype where that is bfloat16, else as torch does it (float32 under autocast)."""
+        if x.dtype != torch.bfloat16:
+            return super().forward(x)
+        # The kernel computes in float32 anyhow: what autocast adds is two copies of the tokens.
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -116,6 +125,14 @@ class CrossAttentionBlock(nn.Module):
 def last(x: Tensor, num_queries: int | None) -> Tensor:
     """The last ``num_queries`` tokens of ``(B, N, D)``; all, without a copy in the backward pass, if None."""
     return x if num_queries is None else x[:, -num_queries:]
+
+
+def in_stream(values: Tensor, tokens: Tensor) -> Tensor:
+    """What is added to tokens, in their dtype if that is bfloat16, so that they stay in it from block to block.
+
+    float16 lacks the range for a sum over all blocks: there tokens become float32 by what is added to them.
+    """
+    return values.to(tokens.dtype) if tokens.dtype == torch.bfloat16 else values
 
 
 def init_linear(module: nn.Module) -> None:

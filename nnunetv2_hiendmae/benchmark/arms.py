@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_hiendmae.benchmark.grid import Arm, Grid, Run
 from nnunetv2_hiendmae.benchmark.record import file_sha256
 from nnunetv2_hiendmae.benchmark.splits import split_index, write_json
-from nnunetv2_hiendmae.cli import make_plans
-from nnunetv2_hiendmae.command import MAX_COUNT
-from nnunetv2_hiendmae.folders import preprocessed_folder, read_plans, results_folder
-from nnunetv2_hiendmae.settings import BLOCK
-from nnunetv2_hiendmae.trainer import nnUNetTrainerHiEndMAE
-from nnunetv2_hiendmae.weights import load_weights
+from nnunetv2_hiendmae.checks import MAX_COUNT
+from nnunetv2_hiendmae.files import preprocessed_folder, read_plans, results_folder
+from nnunetv2_hiendmae.nnunet.plans import make_plans
+from nnunetv2_hiendmae.nnunet.settings import BLOCK
+from nnunetv2_hiendmae.nnunet.trainer import nnUNetTrainerHiEndMAE
+from nnunetv2_hiendmae.weights.file import load_weights
 
 # name, trainer, trainer under a budget, plans
 DEFAULTS = (
@@ -30,6 +31,12 @@ DEFAULTS = (
     ("primusv2_m", "nnUNet_PrimusV2M_Trainer", "nnUNetPrimusV2Budget", "nnUNetPlans"),
     ("scratch", "nnUNetTrainerHiEndMAE_scratch", "nnUNetTrainerHiEndMAE_scratch", "nnUNetPlans"),
     ("hiendmae", "nnUNetTrainerHiEndMAE", "nnUNetTrainerHiEndMAE", "nnUNetPlans"),
+)
+
+# As DEFAULTS; taken when named. Weights of the last one are of another kind of encoder than those of hiendmae.
+PRIMUS = (
+    ("primus_v3_s", "nnUNet_PrimusV3S_Trainer", "nnUNetPrimusV3Budget", "nnUNetPlans"),
+    ("primus_hiendmae", "nnUNetTrainerHiEndMAE", "nnUNetTrainerHiEndMAE", "nnUNetPlans"),
 )
 
 # name, trainer, settings; taken when named
@@ -42,7 +49,7 @@ CONTROLS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 PRETRAINED_SHA256 = "pretrained_weights_sha256"
 """Key that the plans of an arm with nnU-Net's ``-pretrained_weights`` get, so that other weights are another run."""
 
-MEND = "Plan again, or remove it if hiendmae_benchmark wrote it."
+REMEDY = "Plan again, or remove it if hiendmae_benchmark wrote it."
 
 # What an nnU-Net trainer can do otherwise than nnUNetTrainer, and readers should know.
 METHODS = (
@@ -60,7 +67,12 @@ METHODS = (
 
 
 def default_arms(
-    plans: str, weights: str | None, budget: bool, names: Sequence[str] | None = None, plain_mae: str | None = None
+    plans: str,
+    weights: str | None,
+    budget: bool,
+    names: Sequence[str] | None = None,
+    plain_mae: str | None = None,
+    primus_hiendmae: str | None = None,
 ) -> tuple[Arm, ...]:
     """Arms of a comparison with nnU-Net, in the order of ``names``: the six of ``DEFAULTS`` if none are given.
 
@@ -68,11 +80,11 @@ def default_arms(
         plans: of all but ResEnc-L.
         weights: of the arms that start from Hi-End-MAE.
         budget: whether trainers must read the grid's budget.
-        names: of ``DEFAULTS`` and ``CONTROLS``.
-        plain_mae: weights of the control ``plain_mae``.
+        names: of ``DEFAULTS``, ``PRIMUS`` and ``CONTROLS``.
+        plain_mae, primus_hiendmae: weights of the arms of these names.
 
     Raises:
-        ValueError: an unknown name, or weights missing for or not used by ``plain_mae``.
+        ValueError: an unknown name, or an arm without its weights, or weights without their arm.
     """
     arms = {
         name: Arm(
@@ -81,17 +93,19 @@ def default_arms(
             plans=plans if own == "nnUNetPlans" else own,
             weights=weights if name == "hiendmae" else None,
         )
-        for name, trainer, budgeted, own in DEFAULTS
+        for name, trainer, budgeted, own in DEFAULTS + PRIMUS
     }
-    names = names or list(arms)
+    names = names or [name for name, *_ in DEFAULTS]
     for name, trainer, settings in CONTROLS:
-        start = {"plain_mae": plain_mae, "frozen": weights}.get(name)
+        start = weights if name == "frozen" else None
         arms[name] = Arm(name=name, trainer=trainer, plans=plans, weights=start, settings=dict(settings))
     unknown = sorted(set(names) - set(arms))
     if unknown:
         raise ValueError(f"-arms {' '.join(unknown)}: there are {', '.join(arms)}.")
-    if ("plain_mae" in names) != (plain_mae is not None):
-        raise ValueError("-arms plain_mae needs -plain_mae FILE, the weights of that control, and the other way round.")
+    for name, file in (("plain_mae", plain_mae), ("primus_hiendmae", primus_hiendmae)):
+        if (name in names) != (file is not None):
+            raise ValueError(f"-arms {name} needs -{name} FILE, the weights of that arm, and the other way round.")
+        arms[name] = replace(arms[name], weights=file)
     return tuple(arms[name] for name in names)
 
 
@@ -135,7 +149,7 @@ def write_plans(grid: Grid, dataset: str, arm: Arm) -> Path:
             f"Arm {arm.name}: {source} does not exist. Run 'nnUNetv2_plan_and_preprocess' for these plans, or take "
             f"the arm out of the grid."
         )
-    plans = read_plans(source, MEND)
+    plans = read_plans(source, REMEDY)
     if any(BLOCK in configuration for configuration in plans["configurations"].values()):
         raise ValueError(
             f"Arm {arm.name}: {source} has settings of hiendmae_plan, which not every trainer reads. Name the plans it "
@@ -154,14 +168,14 @@ def write_plans(grid: Grid, dataset: str, arm: Arm) -> Path:
             raise ValueError(f"Arm {arm.name}: the weights file {file} does not exist.")
         plans = {**plans, PRETRAINED_SHA256: file_sha256(file)}
     plans = make_plans(plans, name, settings, grid.patch_size, grid.batch_size)
-    if not target.is_file() or read_plans(target, MEND) != plans:
+    if not target.is_file() or read_plans(target, REMEDY) != plans:
         write_json(target, plans)
     return target
 
 
 def configuration_of(plans_file: Path, configuration: str) -> dict[str, Any]:
     """One configuration of a plans file, inheritance resolved. ``ValueError`` if it has none of that name."""
-    plans = read_plans(plans_file, MEND)
+    plans = read_plans(plans_file, REMEDY)
     if configuration not in plans["configurations"]:
         names = ", ".join(plans["configurations"])
         raise ValueError(f"{plans_file} has no configuration {configuration}; it has {names}.")
@@ -212,7 +226,7 @@ def differences(grid: Grid, dataset: str, configuration: str) -> dict[str, dict[
             "patch size": " × ".join(str(s) for s in values["patch_size"]),
             "batch size": str(values["batch_size"]),
             "network of the plans": "not used" if ours else network_words(values["architecture"]),
-            "weights": str(block.get("weights_sha256") or read_plans(file, MEND).get(PRETRAINED_SHA256) or "none"),
+            "weights": str(block.get("weights_sha256") or read_plans(file, REMEDY).get(PRETRAINED_SHA256) or "none"),
             "settings": ", ".join(f"{k}={v}" for k, v in arm.settings.items()) or "none",
             "replaces of nnUNetTrainer": ", ".join(replaced_methods(arm.trainer)) or "nothing",
         }

@@ -8,7 +8,7 @@ import re
 from nnunetv2_hiendmae.benchmark.collect import Result
 from nnunetv2_hiendmae.benchmark.grid import Grid
 from nnunetv2_hiendmae.benchmark.tables import Table
-from nnunetv2_hiendmae.folders import read_json
+from nnunetv2_hiendmae.files import read_json
 
 PROPERTIES = (
     "num_epochs",
@@ -35,7 +35,7 @@ def as_run_tables(grid: Grid, results: list[Result]) -> list[Table]:
     for dataset in grid.datasets:
         for configuration in grid.configurations:
             here = [r for r in results if (r.run.dataset, r.run.configuration) == (dataset, configuration)]
-            columns = [[trainer_values(r) for r in here if r.run.arm == arm and told(r)] for arm in grid.arms]
+            columns = [[trainer_values(r) for r in here if r.run.arm == arm and has_debug(r)] for arm in grid.arms]
             rows = []
             for name in (*PROPERTIES, "augmentation"):
                 words = [one_of([values[name] for values in column]) for column in columns]
@@ -54,7 +54,7 @@ def as_run_tables(grid: Grid, results: list[Result]) -> list[Table]:
     return tables
 
 
-def told(result: Result) -> bool:
+def has_debug(result: Result) -> bool:
     """Whether the run counts, and nnU-Net left a ``debug.json``."""
     return result.status == "finished" and (result.folder / "debug.json").is_file()
 
@@ -65,8 +65,9 @@ def trainer_values(result: Result) -> dict[str, str]:
     values = {name: short(str(debug.get(name, "–"))) for name in PROPERTIES}
     if AUGMENTATION not in debug:
         return {**values, "augmentation": NOT_RECORDED}
-    # Deep supervision makes its small targets in the same list; that is no augmentation.
+    # Deep supervision makes its small targets, our trainer air of padding, in the same list; that is no augmentation.
     transforms = re.sub(r", DownsampleSegForDSTransform\( ds_scales = .*?\]\] \)", "", debug[AUGMENTATION])
+    transforms = re.sub(r"PadWithAir\(\), ", "", transforms)
     return {**values, "augmentation": hashlib.sha256(transforms.encode()).hexdigest()[:12]}
 
 

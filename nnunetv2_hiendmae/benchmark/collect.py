@@ -12,8 +12,8 @@ from nnunetv2_hiendmae.benchmark.grid import Grid, Run
 from nnunetv2_hiendmae.benchmark.record import RECORD_FILE, SUMMARY, RunRecord, file_sha256, read_record
 from nnunetv2_hiendmae.benchmark.run import expected_record, stale, state_of, trained_otherwise
 from nnunetv2_hiendmae.benchmark.splits import SPLITS_FILE, split_index
-from nnunetv2_hiendmae.benchmark.surface import SURFACE_FILE, is_archived, surface_scores
-from nnunetv2_hiendmae.folders import preprocessed_folder, read_json
+from nnunetv2_hiendmae.benchmark.surface import ABSENT, SURFACE_FILE, Diagonals, is_archived, surface_scores
+from nnunetv2_hiendmae.files import preprocessed_folder, read_json
 
 METRICS = ("dice", "nsd", "hd95")
 ROUNDING = 1e-6
@@ -26,11 +26,12 @@ class Score:
 
     case: str
     organ: str
-    dice: float | None
-    """None where undefined, as in the next two."""
-    nsd: float | None
-    hd95: float | None
+    dice: float
+    nsd: float
+    hd95: float
     """mm"""
+    outcome: str
+    """Of ``surface``: found, missed or invented, or absent from reference and prediction."""
 
 
 @dataclass(kw_only=True)
@@ -51,7 +52,9 @@ class Result:
     """Of the files that were read, by their name in the folder."""
 
 
-def collect(grid: Grid, run: Run, tolerance_mm: float, earlier: dict[str, str], last: dict[str, str]) -> Result:
+def collect(
+    grid: Grid, run: Run, tolerance_mm: float, earlier: dict[str, str], last: dict[str, str], diagonals: Diagonals
+) -> Result:
     """Read and check one run.
 
     Args:
@@ -59,6 +62,7 @@ def collect(grid: Grid, run: Run, tolerance_mm: float, earlier: dict[str, str], 
         tolerance_mm: of the surface Dice.
         earlier: ``Result.sha256`` of the first report that saw the run; empty if there was none.
         last: that of the last report.
+        diagonals: of the references' images.
     """
     folder, data = fold_folder(grid, run), preprocessed_folder(run.dataset)
     split = read_json(data / SPLITS_FILE)[split_index(data, run.fold, run.labels, run.seed)]
@@ -76,7 +80,7 @@ def collect(grid: Grid, run: Run, tolerance_mm: float, earlier: dict[str, str], 
         check_archive(result, earlier)
         summary = read_json(folder / SUMMARY)
         check_summary(summary, split["val"], result)
-        add_scores(summary, split["val"], data, tolerance_mm, last, result)
+        add_scores(summary, split["val"], data, tolerance_mm, last, diagonals, result)
     except (ValueError, KeyError, TypeError, OSError) as error:
         result.problems.append(f"unreadable: {error!r}")
     if result.problems:
@@ -142,6 +146,7 @@ def add_scores(
     data: Path,
     tolerance_mm: float,
     last: dict[str, str],
+    diagonals: Diagonals,
     result: Result,
 ) -> None:
     """Fill in the scores; the Dice of summary.json must be that of the predictions."""
@@ -151,16 +156,17 @@ def add_scores(
     file = result.folder / SURFACE_FILE
     if not is_archived(result.folder) and file.is_file() and last.get(SURFACE_FILE, now := file_sha256(file)) != now:
         file.unlink()  # not as the last report left it; the predictions are there to measure again
-    surface = surface_scores(result.folder, sorted(val), labels, data / "gt_segmentations", tolerance_mm)
+    references = data / "gt_segmentations"
+    surface = surface_scores(result.folder, sorted(val), labels, references, tolerance_mm, diagonals)
     for entry in summary["metric_per_case"]:
         case = case_name(entry, dataset["file_ending"])
         for key in labels:
             dice, scores = defined(entry["metrics"][key]["Dice"]), surface.get(case, {}).get(key)
             if scores is None:
-                continue  # a case of another split, which check_summary has told
-            if not same(dice, scores["dice"]):
+                continue  # a case of another split, which check_summary has reported
+            if not same(dice, None if scores["outcome"] == ABSENT else scores["dice"]):
                 result.problems.append(f"the Dice of {case}, label {key} in summary.json is not that of its prediction")
-            result.scores.append(Score(case=case, organ=names[key], dice=dice, nsd=scores["nsd"], hd95=scores["hd95"]))
+            result.scores.append(Score(case=case, organ=names[key], **scores))
 
 
 def case_name(entry: dict[str, Any], ending: str) -> str:

@@ -6,13 +6,14 @@ import json
 from dataclasses import asdict, replace
 from typing import Any
 
-from nnunetv2_hiendmae.architectures.vit import ENCODERS
-from nnunetv2_hiendmae.benchmark.arms import DEFAULTS, trainer_class
+from nnunetv2_hiendmae.architectures.kinds import ENCODERS
+from nnunetv2_hiendmae.benchmark.arms import DEFAULTS, PRIMUS, trainer_class
 from nnunetv2_hiendmae.benchmark.grid import Arm, Grid
 from nnunetv2_hiendmae.intensity import DEFAULT_WINDOW
-from nnunetv2_hiendmae.settings import FineTuneSettings
-from nnunetv2_hiendmae.trainer import nnUNetTrainerHiEndMAE
-from nnunetv2_hiendmae.weights import find_weights, load_weights
+from nnunetv2_hiendmae.nnunet.settings import FineTuneSettings
+from nnunetv2_hiendmae.nnunet.trainer import nnUNetTrainerHiEndMAE
+from nnunetv2_hiendmae.weights.file import load_weights
+from nnunetv2_hiendmae.weights.find import find_weights
 
 
 def with_choices_fixed(grid: Grid) -> Grid:
@@ -79,13 +80,13 @@ def encoder_settings(arm: Arm) -> dict[str, Any]:
 
 
 def check_fair(grid: Grid) -> None:
-    """``ValueError`` for a grid that cannot be trained as it says; names the arm and the mend."""
+    """``ValueError`` for a grid that cannot be trained as it says; names the arm and the remedy."""
     models: dict[str, str] = {}
     for arm in grid.arms:
         cls = trainer_class(arm.trainer)
         ours = issubclass(cls, nnUNetTrainerHiEndMAE)
         if grid.budget and not getattr(cls, "reads_budget", False):
-            twins = {trainer: budgeted for _, trainer, budgeted, _ in DEFAULTS}
+            twins = {trainer: budgeted for _, trainer, budgeted, _ in DEFAULTS + PRIMUS}
             raise ValueError(
                 f"Arm {arm.name}: {arm.trainer} does not read the budget of the grid ({', '.join(grid.budget)}). Name "
                 f"{twins.get(arm.trainer, 'a trainer that does (nnUNetTrainerBudget)')} as its trainer, or leave the "

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_hiendmae.command import check_count
-from nnunetv2_hiendmae.settings import BUDGET, FineTuneSettings
+from nnunetv2_hiendmae.checks import check_count
+from nnunetv2_hiendmae.nnunet.settings import BUDGET, FineTuneSettings
 
 GRID_FILE = "grid.json"
 ALL_LABELS = "all"
@@ -115,11 +115,11 @@ class Grid:
         for labels in self.labels:
             check_labels(labels)
         for fold in self.folds:
-            check_count("-f", fold, 0)
+            check_count("folds", fold, 0)
         for seed in self.seeds:
-            check_count("-seeds", seed, 0)
+            check_count("seeds", seed, 0)
         if self.batch_size is not None:
-            check_count("-batch_size", self.batch_size)
+            check_count("batch_size", self.batch_size)
         FineTuneSettings(**self.budget)
 
     @property

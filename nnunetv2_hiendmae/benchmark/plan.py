@@ -8,9 +8,9 @@ from pathlib import Path
 from nnunetv2_hiendmae.benchmark.arms import configuration_of, differences, train_command, write_plans
 from nnunetv2_hiendmae.benchmark.fair import check_fair, with_choices_fixed
 from nnunetv2_hiendmae.benchmark.grid import GRID_FILE, Grid
-from nnunetv2_hiendmae.benchmark.splits import add_label_budgets
-from nnunetv2_hiendmae.folders import preprocessed_folder
-from nnunetv2_hiendmae.weights import atomic_file
+from nnunetv2_hiendmae.benchmark.overlap import OVERLAP_FILE, check_overlap
+from nnunetv2_hiendmae.benchmark.splits import add_label_budgets, check_labels, write_json
+from nnunetv2_hiendmae.files import atomic_file, preprocessed_folder
 
 COMMANDS_FILE = "commands.sh"
 SLURM_FILE = "commands.slurm"
@@ -33,16 +33,22 @@ def write_text(file: Path, text: str) -> None:
         out.write(text.encode())
 
 
-def plan(grid: Grid, folder: Path) -> tuple[Grid, int]:
+def plan(grid: Grid, folder: Path, allow_overlap: bool = False) -> tuple[Grid, int]:
     """Write everything that the grid's runs need, and the grid, into ``folder``.
 
     Safe to repeat, also while runs are under way: what exists and is right is kept.
+
+    Args:
+        grid: what to compare.
+        folder: of the benchmark.
+        allow_overlap: plan also where test cases were in the pre-training; every report then says so.
 
     Returns:
         The grid with all choices fixed, and how many splits are new.
 
     Raises:
-        ValueError: data, plans, trainers or weights that are missing, and whatever a grid can have wrong.
+        ValueError: test cases that were in the pre-training, folds that split a patient, data, plans,
+            trainers or weights that are missing, and whatever a grid can have wrong.
     """
     grid = with_choices_fixed(grid)
     check_fair(grid)
@@ -58,12 +64,15 @@ def plan(grid: Grid, folder: Path) -> tuple[Grid, int]:
                         f"Arm {arm.name}: {preprocessed_folder(dataset) / identifier} does not exist. Run "
                         f"'nnUNetv2_preprocess -d {dataset} -plans_name {arm.plans} -c {configuration}' first."
                     )
+                check_labels(preprocessed_folder(dataset), identifier)
+    overlap = check_overlap(grid, {d: identifier_of(grid, d) for d in grid.datasets}, allow_overlap)
     added = sum(
         add_label_budgets(preprocessed_folder(d), identifier_of(grid, d), grid.folds, grid.labels, grid.seeds)
         for d in grid.datasets
     )
     lines = list(dict.fromkeys(shlex.join(train_command(grid, run)) for run in grid.runs()))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)  # last, so that a refused plan leaves nothing
+    write_json(folder / OVERLAP_FILE, overlap)
     write_text(folder / GRID_FILE, grid.to_json())
     write_text(folder / COMMANDS_FILE, "\n".join(["set -euo pipefail", *lines, ""]))
     quoted = "\n".join(f"  {shlex.quote(line)}" for line in lines)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from statistics import fmean
 
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from nnunetv2_hiendmae.benchmark.collect import Result, mean_of
+from nnunetv2_hiendmae.benchmark.collect import Result
 from nnunetv2_hiendmae.benchmark.grid import Grid
-from nnunetv2_hiendmae.benchmark.tables import Cell, Comparison, cells, of_cell, organs_of, run_mean
+from nnunetv2_hiendmae.benchmark.tables import Cell, Comparison, cells, mean_over_cases, of_cell, organs_of
 
 AXIS = {"dice": "Dice", "nsd": "surface Dice (NSD)", "hd95": "HD95 (mm)"}
 
@@ -44,18 +45,18 @@ def label_curves(grid: Grid, results: list[Result], dataset: str, configuration:
     axis = figure.subplots()
     ticks = set()
     for i, arm in enumerate(grid.arms):
-        dots: dict[int, list[float]] = {}  # by training cases
-        mine = [
-            r for cell in cells(grid) if cell[:2] == (dataset, configuration) for r in of_cell(results, cell, arm.name)
-        ]
-        for result in mine:
-            ticks.add(result.train_cases)
-            value = run_mean(result, metric) if result.status == "finished" else None
-            if value is not None:
-                dots.setdefault(result.train_cases, []).append(value)
-        x = sorted(dots)
-        axis.plot(x, [sum(dots[n]) / len(dots[n]) for n in x], color=colour(i), label=legend(arm.name, mine))
-        axis.scatter([n for n in x for _ in dots[n]], [v for n in x for v in dots[n]], 14, color=colour(i), alpha=0.6)
+        means, dots, mine = [], [], []  # (training cases, metric) of budgets and of runs
+        for cell in cells(grid):
+            runs = of_cell(results, cell, arm.name) if cell[:2] == (dataset, configuration) else []
+            ticks |= {r.train_cases for r in runs}
+            mine += runs
+            done = [r for r in runs if r.status == "finished"]
+            if (whole := mean_over_cases(done, metric)) is not None:
+                means.append((fmean(r.train_cases for r in done), whole))
+            dots += [(r.train_cases, v) for r in done if (v := mean_over_cases([r], metric)) is not None]
+        means.sort()
+        axis.plot([x for x, _ in means], [y for _, y in means], color=colour(i), label=legend(arm.name, mine))
+        axis.scatter([x for x, _ in dots], [y for _, y in dots], 14, color=colour(i), alpha=0.6)
     axis.set_xscale("log")
     axis.set_xticks(sorted(ticks), [str(n) for n in sorted(ticks)])
     axis.xaxis.set_minor_locator(NullLocator())
@@ -77,8 +78,7 @@ def organ_dots(grid: Grid, results: list[Result], cell: Cell, metric: str) -> Pi
     axis = figure.subplots()
     for i, arm in enumerate(grid.arms):
         mine = of_cell(results, cell, arm.name)
-        done = [r for r in mine if r.status == "finished"]
-        means = [mean_of([run_mean(r, metric, organ) for r in done]) for organ in organs]
+        means = [mean_over_cases(mine, metric, organ) for organ in organs]
         there = [(m, y + 0.12 * (i - (len(grid.arms) - 1) / 2)) for y, m in enumerate(means) if m is not None]
         axis.scatter([m for m, _ in there], [y for _, y in there], 26, color=colour(i), label=legend(arm.name, mine))
     axis.set_yticks(range(len(organs)), [plain(o) for o in organs])
@@ -100,11 +100,10 @@ def forest(grid: Grid, made: list[Comparison], dataset: str, configuration: str,
     figure = Figure(figsize=(5.2, 1.3 + 0.28 * max(len(rows), 2)), layout="constrained")
     axis = figure.subplots()
     for y, c in enumerate(rows):
-        mean = mean_of(list(c.differences))
-        if mean is None:
+        if c.difference is None:
             axis.text(0, y, "missing", va="center", ha="center", fontsize=8)
             continue
-        axis.scatter([mean], [y], 26, color=colour(names.index(c.arm)))
+        axis.scatter([c.difference], [y], 26, color=colour(names.index(c.arm)))
         if c.interval:
             axis.plot(c.interval, [y, y], color=colour(names.index(c.arm)))
     axis.axvline(0, color="0.4", linewidth=0.8)

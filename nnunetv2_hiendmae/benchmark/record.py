@@ -17,7 +17,7 @@ import torch
 
 from nnunetv2_hiendmae import __version__
 from nnunetv2_hiendmae.benchmark.splits import write_json
-from nnunetv2_hiendmae.folders import read_json
+from nnunetv2_hiendmae.files import read_json
 
 RECORD_FILE = "hiendmae_run.json"
 SUMMARY = Path("validation") / "summary.json"

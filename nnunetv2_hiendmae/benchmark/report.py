@@ -18,10 +18,12 @@ from nnunetv2_hiendmae.benchmark.arms import PRETRAINED_SHA256
 from nnunetv2_hiendmae.benchmark.as_run import as_run_tables
 from nnunetv2_hiendmae.benchmark.collect import METRICS, Result, collect
 from nnunetv2_hiendmae.benchmark.grid import Grid
+from nnunetv2_hiendmae.benchmark.overlap import overlap_lines
 from nnunetv2_hiendmae.benchmark.plan import differences_text, write_text
 from nnunetv2_hiendmae.benchmark.plots import Picture, forest, label_curves, organ_dots
 from nnunetv2_hiendmae.benchmark.record import file_sha256
 from nnunetv2_hiendmae.benchmark.splits import SPLITS_FILE, write_json
+from nnunetv2_hiendmae.benchmark.surface import Diagonals
 from nnunetv2_hiendmae.benchmark.tables import (
     MEAN,
     Table,
@@ -32,10 +34,12 @@ from nnunetv2_hiendmae.benchmark.tables import (
     metric_table,
     status_table,
 )
-from nnunetv2_hiendmae.folders import preprocessed_folder, read_json
-from nnunetv2_hiendmae.settings import BLOCK
+from nnunetv2_hiendmae.files import preprocessed_folder, read_json
+from nnunetv2_hiendmae.nnunet.settings import BLOCK
 
 PROVENANCE_FILE = "provenance.json"
+DIAGONALS = "image_diagonal_mm"
+"""Key in it: of the images in which an organ was missed or invented, by the sha256 of the reference."""
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 76rem; margin: 0 auto;
@@ -57,11 +61,13 @@ figure img { width: 100%; height: auto; } figcaption { font-size: .85rem; color:
 def report(grid: Grid, folder: Path, tolerance_mm: float) -> list[str]:
     """Write the report into ``folder``; returns one line for each run that is missing or changed."""
     file = folder / PROVENANCE_FILE
-    earlier = read_json(file)["runs"] if file.is_file() else {}
+    last = read_json(file) if file.is_file() else {}
+    earlier, diagonals = last.get("runs", {}), Diagonals(known=last.get(DIAGONALS, {}))
     results = []
     for run in grid.runs():
         seen = earlier.get(run.name, {})
-        results.append(collect(grid, run, tolerance_mm, seen.get("first_seen", {}), seen.get("files_sha256", {})))
+        first, files = seen.get("first_seen", {}), seen.get("files_sha256", {})
+        results.append(collect(grid, run, tolerance_mm, first, files, diagonals))
     made = comparisons(grid, results)
     tables = [
         status_table(results),
@@ -81,7 +87,8 @@ def report(grid: Grid, folder: Path, tolerance_mm: float) -> list[str]:
         )
     ]
     failures = [f"{r.run.name}: {r.status.upper()}: {'; '.join(r.problems)}" for r in results if r.problems]
-    provenance = provenance_of(grid, results, earlier)
+    provenance = provenance_of(grid, folder, results, earlier)
+    provenance |= {DIAGONALS: dict(sorted(diagonals.used.items()))}
     # last, so that an interrupted report leaves no trace in what counts as seen
     write_text(folder / "report.md", markdown(grid, tables, pictures, failures, provenance))
     for picture in pictures:
@@ -94,7 +101,7 @@ def report(grid: Grid, folder: Path, tolerance_mm: float) -> list[str]:
     return failures
 
 
-def provenance_of(grid: Grid, results: list[Result], earlier: dict[str, Any]) -> dict[str, Any]:
+def provenance_of(grid: Grid, folder: Path, results: list[Result], earlier: dict[str, Any]) -> dict[str, Any]:
     """What the numbers come from: versions and weights of the runs, hashes of splits, plans and files read."""
     runs = {}
     for r in results:
@@ -112,7 +119,7 @@ def provenance_of(grid: Grid, results: list[Result], earlier: dict[str, Any]) ->
             "first_seen": r.sha256 if record and r.status == "finished" else before or r.sha256,
         }
     splits = {d: file_sha256(preprocessed_folder(d) / SPLITS_FILE) for d in grid.datasets}
-    return {"splits_final_sha256": splits, "runs": runs}
+    return {"splits_final_sha256": splits, "pretraining_overlap": overlap_lines(grid, folder), "runs": runs}
 
 
 def weights_of(result: Result) -> str | None:
@@ -146,18 +153,19 @@ def csv_text(header: list[str], rows: list[list[str]]) -> str:
 
 
 def cases_csv(results: list[Result]) -> str:
-    """Every score of every finished run in full precision; empty where undefined."""
+    """Every score of every finished run in full precision."""
     rows = [
         [
             *(r.run.dataset, r.run.configuration, str(r.run.fold), str(r.run.labels), str(r.run.seed), r.run.arm.name),
             *(s.case, s.organ),
-            *("" if (v := getattr(s, m)) is None else repr(v) for m in METRICS),
+            *(repr(getattr(s, m)) for m in METRICS),
+            s.outcome,
         ]
         for r in results
         if r.status == "finished"
         for s in r.scores
     ]
-    header = ["data set", "configuration", "fold", "labels", "seed", "arm", "case", "organ", *METRICS]
+    header = ["data set", "configuration", "fold", "labels", "seed", "arm", "case", "organ", *METRICS, "outcome"]
     return csv_text(header, rows)
 
 
@@ -170,6 +178,7 @@ def markdown(
         return "| " + " | ".join(v.replace("|", "\\|") for v in values) + " |"
 
     parts = [f"# Benchmark {grid.name}", "", *verdict(grid, failures), ""]
+    parts += [*(f"- {line}" for line in provenance["pretraining_overlap"]), ""]
     parts += ["## What differs between the arms", "", "```", differences_text(grid), "```", ""]
     parts += ["## Curves", "", *(f"![{p.title}]({quote(p.name)})" for p in pictures), ""]
     for table in tables:
@@ -200,6 +209,10 @@ def page(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Benchmark {e(grid.name)}</title>',
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>',
         f'<h1>Benchmark {e(grid.name)}</h1><div class="{"bad" if failures else "good"}">{head}</div>',
+        *(
+            f'<p class="{"good" if line.endswith(": none.") else "bad"}">{e(line)}</p>'
+            for line in provenance["pretraining_overlap"]
+        ),
         '<h2>Curves</h2><div class="figures">',
         *map(figure_html, pictures),
         "</div>",

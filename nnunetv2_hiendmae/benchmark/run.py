@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_hiendmae.architectures.vit import ViTConfig
+from nnunetv2_hiendmae.architectures.encoder import EncoderConfig
 from nnunetv2_hiendmae.benchmark.arms import (
     PRETRAINED_SHA256,
     configuration_of,
@@ -36,9 +36,8 @@ from nnunetv2_hiendmae.benchmark.record import (
     write_record,
 )
 from nnunetv2_hiendmae.benchmark.splits import SPLITS_FILE, split_index, split_sha256
-from nnunetv2_hiendmae.folders import preprocessed_folder, read_json
-from nnunetv2_hiendmae.lock import alone_in
-from nnunetv2_hiendmae.settings import BLOCK, FineTuneSettings
+from nnunetv2_hiendmae.files import alone_in, preprocessed_folder, read_json
+from nnunetv2_hiendmae.nnunet.settings import BLOCK, FineTuneSettings
 
 CHECKPOINTS = ("checkpoint_latest.pth", "checkpoint_best.pth")  # of a training that was interrupted
 
@@ -84,7 +83,7 @@ def trained_otherwise(grid: Grid, run: Run) -> str | None:
     return "it was made with other plans than the grid has now"
 
 
-def encoder_of(block: dict[str, Any], wanted: dict[str, Any]) -> ViTConfig | None:
+def encoder_of(block: dict[str, Any], wanted: dict[str, Any]) -> EncoderConfig | None:
     """The encoder that a block asks for by name or numbers; None if the wanted one leaves it open."""
     return FineTuneSettings(architecture=block.get("architecture")).encoder if "architecture" in wanted else None
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunetv2_hiendmae.benchmark.grid import ALL_LABELS
-from nnunetv2_hiendmae.folders import read_json
-from nnunetv2_hiendmae.weights import atomic_file
+from nnunetv2_hiendmae.files import atomic_file, read_json
+from nnunetv2_hiendmae.patients import PATIENTS, grouped, patients_of, split_patients
 
 SPLITS_FILE = "splits_final.json"
 BUDGETS_FILE = "hiendmae_label_budgets.json"
@@ -39,7 +40,7 @@ def read_splits(folder: Path, data_identifier: str) -> list[Split]:
     Raises:
         ValueError: the data are not preprocessed, or not all of them.
     """
-    file = folder / SPLITS_FILE
+    file, table = folder / SPLITS_FILE, patients_of(folder.name)
     if not file.is_file():
         data = folder / data_identifier
         if not data.is_dir():
@@ -49,13 +50,33 @@ def read_splits(folder: Path, data_identifier: str) -> list[Split]:
         expected = read_json(description).get("numTraining", 0) if description.is_file() else 0
         if len(cases) < expected:
             raise ValueError(f"{data} has {len(cases)} of {expected} cases. Run 'nnUNetv2_preprocess' again first.")
-        # as nnUNetTrainer.do_split would at the first training
-        write_json(file, generate_crossval_split(cases, seed=12345, n_splits=5))
-    return read_json(file)
+        write_json(file, five_folds(cases, table))
+    splits: list[Split] = read_json(file)
+    for i, split in enumerate(splits):
+        torn = split_patients((split["train"], split["val"]), table)
+        if torn:
+            raise ValueError(
+                f"{file}: entry {i} trains on and validates with cases of the same patient ({', '.join(torn[:5])}; see "
+                f"{PATIENTS}). Move the file and the results made with it away; 'hiendmae_benchmark plan' then writes "
+                f"folds that keep patients together."
+            )
+    return splits
+
+
+def five_folds(cases: list[str], table: dict[str, str]) -> list[Split]:
+    """As ``nnUNetTrainer.do_split`` would at the first training; patients with several cases are not split."""
+    groups = grouped(cases, table)
+    if len(groups) < 5:
+        raise ValueError(f"{len(groups)} patients make no five folds; write {SPLITS_FILE} by hand.")
+    of_first = {group[0]: group for group in groups}
+    folds = generate_crossval_split(list(of_first), seed=12345, n_splits=5)
+    return [{part: [c for first in fold[part] for c in of_first[first]] for part in ("train", "val")} for fold in folds]
 
 
 def number_of_cases(labels: int | str, available: int) -> int:
     """Training cases of a label budget; a percentage is rounded, and is at least one case.
+
+    Where patients.csv tells cases of one patient, what is counted are patients.
 
     Raises:
         ValueError: more than there are.
@@ -66,11 +87,14 @@ def number_of_cases(labels: int | str, available: int) -> int:
     return n
 
 
-def labelled_subset(train: list[str], n: int, seed: int) -> list[str]:
-    """``n`` of the training cases; those of a smaller ``n`` with the same seed are among them."""
-    order = np.random.default_rng(seed).permutation(len(train))
-    names = sorted(train)
-    return sorted(names[i] for i in order[:n])
+def labelled_subset(train: list[str], n: int, seed: int, table: dict[str, str] | None = None) -> list[str]:
+    """``n`` of the training cases; those of a smaller ``n`` with the same seed are among them.
+
+    Where ``table`` tells cases of one patient, ``n`` are patients, with all of their cases.
+    """
+    patients = grouped(sorted(train), table or {})
+    order = np.random.default_rng(seed).permutation(len(patients))
+    return sorted(case for i in order[:n] for case in patients[i])
 
 
 def split_index(folder: Path, fold: int, labels: int | str, seed: int) -> int:
@@ -83,7 +107,7 @@ def split_index(folder: Path, fold: int, labels: int | str, seed: int) -> int:
         return fold
     splits, entries = read_json(folder / SPLITS_FILE), read_entries(folder)
     check_entries(folder, splits, entries)
-    n = number_of_cases(labels, len(splits[fold]["train"]))
+    n = number_of_cases(labels, len(grouped(splits[fold]["train"], patients_of(folder.name))))
     for entry in entries:
         if (entry["fold"], entry["cases"], entry["seed"]) == (fold, n, seed):
             return entry["index"]
@@ -125,6 +149,7 @@ def add_label_budgets(
             since they were written.
     """
     splits, entries = read_splits(folder, data_identifier), read_entries(folder)
+    table = patients_of(folder.name)
     check_entries(folder, splits, entries)
     known = {(e["fold"], e["cases"], e["seed"]) for e in entries}
     before = len(entries)
@@ -136,7 +161,7 @@ def add_label_budgets(
         for budget in labels:
             if budget == ALL_LABELS:
                 continue
-            n = number_of_cases(budget, len(train))
+            n = number_of_cases(budget, len(grouped(train, table)))
             if budgets.setdefault(n, budget) != budget:
                 raise ValueError(
                     f"Label budgets {budgets[n]} and {budget} are both {n} of the {len(train)} training cases of fold "
@@ -145,7 +170,7 @@ def add_label_budgets(
             for seed in seeds:
                 if (fold, n, seed) in known:
                     continue
-                split = {"train": labelled_subset(train, n, seed), "val": val}
+                split = {"train": labelled_subset(train, n, seed, table), "val": val}
                 entries.append({"index": len(splits), "fold": fold, "cases": n, "seed": seed, **split})
                 splits.append(split)
                 known.add((fold, n, seed))
@@ -154,6 +179,24 @@ def add_label_budgets(
         write_json(folder / SPLITS_FILE, splits)
         write_json(folder / BUDGETS_FILE, entries)
     return len(entries) - before
+
+
+def check_labels(folder: Path, data_identifier: str) -> None:
+    """``ValueError`` if a case of the splits has no label, or the volumes were preprocessed without labels."""
+    splits = read_splits(folder, data_identifier)
+    cases = sorted({case for split in splits for kind in ("train", "val") for case in split[kind]})
+    again = f"run 'nnUNetv2_preprocess -d {folder.name}' for these plans"
+    labels, ending = folder / "gt_segmentations", read_json(folder / "dataset.json")["file_ending"]
+    lacking = [case for case in cases if not (labels / f"{case}{ending}").is_file()]  # nnU-Net copied them there
+    if lacking:
+        shown = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
+        raise ValueError(
+            f"{labels} has no label of {shown} ({len(lacking)} of {len(cases)} cases). Put them into labelsTr of "
+            f"nnUNet_raw and {again}, or take these cases out of {folder / SPLITS_FILE}."
+        )
+    properties = folder / data_identifier / f"{cases[0]}.pkl"
+    if properties.is_file() and "class_locations" not in load_pickle(str(properties)):
+        raise ValueError(f"{properties.parent} was made by hiendmae_plan_and_preprocess, without labels; {again}.")
 
 
 def split_sha256(split: Split) -> str:

@@ -10,11 +10,15 @@ from typing import Any
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import nnUNet_Primus_M_Trainer, nnUNet_PrimusV2M_Trainer
+from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import (
+    nnUNet_Primus_M_Trainer,
+    nnUNet_PrimusV2M_Trainer,
+    nnUNet_PrimusV3S_Trainer,
+)
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoDA import nnUNetTrainerNoDA
 
-from nnunetv2_hiendmae.settings import BLOCK, BUDGET, FineTuneSettings
-from nnunetv2_hiendmae.trainer import fewer_augmentations
+from nnunetv2_hiendmae.nnunet.settings import BLOCK, BUDGET, FineTuneSettings
+from nnunetv2_hiendmae.nnunet.trainer import fewer_augmentations
 
 
 class Budget(nnUNetTrainer):
@@ -59,3 +63,7 @@ class nnUNetPrimusBudget(Budget, nnUNet_Primus_M_Trainer):
 
 class nnUNetPrimusV2Budget(Budget, nnUNet_PrimusV2M_Trainer):
     """PrimusV2-M under the plans' budget."""
+
+
+class nnUNetPrimusV3Budget(Budget, nnUNet_PrimusV3S_Trainer):
+    """PrimusV3-S under the plans' budget."""

@@ -1,1 +1,1 @@
-"""Is everything there that a run needs? Findings, each with the command that mends it."""
+"""Is everything there that a run needs? Findings, each with the command that fixes it."""

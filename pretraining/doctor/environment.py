@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from pretraining.config import BYTES_OF_STATE, PRESETS
 from pretraining.doctor.finding import Finding
 from pretraining.model import HiEndMAE
+from pretraining.processes import usable_cores
 
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 DOOR = Path("training/nnUNetTrainer/variants/hiendmae_trainer.py")
@@ -83,7 +84,7 @@ def check_device(device: str | None) -> Iterator[Finding]:
     """Whether torch sees the device that is asked for; None: the GPU, if there is one."""
     if device is None and not torch.cuda.is_available():
         what = (
-            f"torch finds no CUDA device, which our and nnU-Net's commands use by default; {os.cpu_count()} CPU cores."
+            f"torch finds no CUDA device, which our and nnU-Net's commands use by default; {usable_cores()} CPU cores."
         )
         yield Finding("warning", what, "-device cpu (and -preset tiny), or a CUDA build of torch")
     elif device is None:
@@ -97,7 +98,7 @@ def check_device(device: str | None) -> Iterator[Finding]:
     elif device == "mps" and not torch.backends.mps.is_available():
         yield Finding("problem", "torch finds no Apple GPU.", "use -device cpu")
     else:
-        yield Finding("ok", f"device {device}, {os.cpu_count()} cores")
+        yield Finding("ok", f"device {device}, {usable_cores()} cores")
 
 
 def check_preset(preset_name: str, device: str) -> Iterator[Finding]:
@@ -130,7 +131,7 @@ def check_preset(preset_name: str, device: str) -> Iterator[Finding]:
 
 
 def memory(device: str) -> float | None:
-    """GiB of the first GPU, or of the machine; None where it cannot be told."""
+    """GiB of the first GPU, or of the machine; None where it is not known."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else None
     names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
@@ -155,8 +156,8 @@ def check_discovery() -> Iterator[Finding]:
             warnings.simplefilter("ignore")  # of torchvision, which the search imports
             recursive_find_trainer_class_by_name(TRAINER)
     except Exception as error:  # the search imports whatever lies in the folders
-        mend = f"export nnUNet_extTrainer={doors}" if not door.is_file() else "see the lines on versions above"
-        yield Finding("problem", f"nnU-Net does not find {TRAINER} ({str(error).splitlines()[0]}).", mend)
+        remedy = f"export nnUNet_extTrainer={doors}" if not door.is_file() else "see the lines on versions above"
+        yield Finding("problem", f"nnU-Net does not find {TRAINER} ({str(error).splitlines()[0]}).", remedy)
         return
     way = f"through {door}" if door.is_file() else f"through nnUNet_extTrainer={outside}"
     yield Finding("ok", f"nnU-Net finds {TRAINER} {way}")

@@ -15,10 +15,10 @@ class Finding:
     level: str
     """ok, warning (works, but read this), or problem (a command will fail)."""
     what: str
-    mend: str = ""
-    """The command or step that mends it; empty if nothing is to be done."""
+    remedy: str = ""
+    """The command or step that fixes it; empty if nothing is to be done."""
 
     def text(self, colours: bool) -> str:
-        """One line, and below it the mend."""
+        """One line, and below it the remedy."""
         label = f"{LEVELS[self.level]}{self.level:<8}\033[0m" if colours else f"{self.level:<8}"
-        return f"{label} {self.what}" + (f"\n         → {self.mend}" if self.mend else "")
+        return f"{label} {self.what}" + (f"\n         → {self.remedy}" if self.remedy else "")

@@ -13,20 +13,21 @@ import SimpleITK as sitk
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape, resample_data_or_seg_to_shape
 
-from nnunetv2_hiendmae.folders import read_json
-from nnunetv2_hiendmae.intensity import Window
-from pretraining.config import Size
-from pretraining.corpus import to_canonical
-from pretraining.ingest.find import Source as ImageSource
-from pretraining.ingest.find import find_series
-from pretraining.ingest.quality import Gate, check_voxels
-from pretraining.ingest.read import Refused, itk_reason, read
-from pretraining.preprocessed import DataSet, PreprocessedCorpus
+from nnunetv2_hiendmae.checks import Size
+from nnunetv2_hiendmae.files import read_json
+from nnunetv2_hiendmae.intensity import Window, hu_to_canonical, to_canonical
+from pretraining.data.b2nd import DataSet, PreprocessedCorpus
+from pretraining.data.corpus import canonical_volume
+from pretraining.prepare.find import Source as ImageSource
+from pretraining.prepare.find import find_series
+from pretraining.prepare.geometry import Refused
+from pretraining.prepare.quality import Gate, check_voxels
+from pretraining.prepare.read import itk_reason, read
 
 Triple = tuple[float, float, float]
 
 
-PICTURE_GATE = Gate(min_slices=1, min_extent_mm=0, min_air=0)
+PICTURE_GATE = Gate(min_slices=1, min_extent_mm=0, min_fat_or_air=0)
 """A small piece of a CT is good enough to look at; something that is not in HU is not."""
 
 
@@ -130,7 +131,7 @@ class Case:
 
 
 def read_ct(path: Path, spacing: Triple, window: Window) -> Case:
-    """A CT file, or a folder with one DICOM series, resampled by nnU-Net's own function.
+    """A CT file, or a folder with one DICOM series, resampled.
 
     Args:
         spacing: mm in the axis order of the volume (slices, rows, columns).
@@ -139,15 +140,24 @@ def read_ct(path: Path, spacing: Triple, window: Window) -> Case:
     Raises:
         ValueError: it cannot be read, or is no CT volume; says why.
     """
+    return case_of(read_image(path), path.resolve().name, spacing, window)
+
+
+def read_image(path: Path) -> sitk.Image:
+    """What ``-i`` names. ``ValueError`` as ``read_ct``."""
     try:
         image = read(image_source(path))
-        check_voxels(image, PICTURE_GATE)
+        check_voxels(sitk.GetArrayViewFromImage(image), image.GetSpacing()[::-1], PICTURE_GATE)
     except Refused as reason:
         raise ValueError(f"-i {path}: {reason}.") from None
+    return image
+
+
+def case_of(image: sitk.Image, name: str, spacing: Triple, window: Window) -> Case:
+    """An image in HU, resampled by nnU-Net's own function; arguments as for ``read_ct``."""
     original = Frame.of(image)
-    low, high = window
     hu = sitk.GetArrayFromImage(image).astype(np.float32)
-    canonical = np.clip((hu - low) / (high - low), 0, 1)
+    canonical = to_canonical(hu, *hu_to_canonical(window))
     shape = np.maximum(compute_new_shape(hu.shape, original.spacing[::-1], spacing), 1)
     # The settings are those of nnU-Net's plans for images.
     resampled = resample_data_or_seg_to_shape(
@@ -155,7 +165,7 @@ def read_ct(path: Path, spacing: Triple, window: Window) -> Case:
     )[0]
     size = tuple(int(n) for n in shape[::-1])
     return Case(
-        name=path.resolve().name,
+        name=name,
         volume=np.clip(resampled, 0, 1).astype(np.float32),
         frame=original.resampled(image.GetSize(), size),
         original=original,
@@ -186,10 +196,10 @@ def read_preprocessed(dataset: str, name: str, plans_name: str, configuration: s
     found = DataSet.open(dataset, plans_name, configuration, window)
     if name not in found.cases:
         raise ValueError(f"-case {name} is not in {found.folder}, which has {', '.join(found.cases[:3])}, ...")
-    if found.warning:
-        print(f"WARNING: {found.warning}", flush=True)
+    for warning in found.warnings:
+        print(f"WARNING: {warning.removeprefix('WARNING: ')}", flush=True)
     corpus = PreprocessedCorpus([replace(found, cases=(name,))])
-    volume = to_canonical(corpus.read(0, (0, 0, 0), corpus.shape(0)), corpus.intensity(0))[0]
+    volume = canonical_volume(corpus.read(0, (0, 0, 0), corpus.shape(0)), corpus.intensity(0))[0]
     properties = load_pickle(str(found.folder / f"{name}.pkl"))
     geometry = properties["sitk_stuff"]
     original = Frame(origin=geometry["origin"], spacing=geometry["spacing"], direction=geometry["direction"])

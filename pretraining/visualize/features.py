@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretraining.config import Size
+from nnunetv2_hiendmae.checks import Size
 from pretraining.visualize.tiles import TokenMap, enlarge, paste
 
 
@@ -49,7 +49,7 @@ def colours(
 
 
 def without_place(features: Tensor, places: Tensor) -> tuple[Tensor, float]:
-    """Features less what a token's row, column and slice in its crop and the crop itself foretell, each by itself.
+    """Features less what a token's row, column and slice in its crop and the crop itself explain, each by itself.
 
     Position and surroundings are most of what tells tokens apart; left in, the colours would show the crops' borders.
 

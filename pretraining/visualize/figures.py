@@ -10,8 +10,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 
+from nnunetv2_hiendmae.files import atomic_file
 from nnunetv2_hiendmae.intensity import Window
-from nnunetv2_hiendmae.weights import atomic_file
 from pretraining.visualize.panels import ERROR_HU, FULL_COLOUR, HEAT, Gallery
 from pretraining.visualize.views import PLANES, Orientation
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from nnunetv2_hiendmae.files import atomic_file
 from nnunetv2_hiendmae.intensity import Window
-from nnunetv2_hiendmae.weights import atomic_file
 from pretraining.visualize.panels import ERROR_HU, FULL_COLOUR, Gallery, gray, heat
 from pretraining.visualize.views import PLANES, Orientation
 
@@ -72,21 +72,32 @@ PAGE = """<!DOCTYPE html>
 <title>{title}</title><style>{style}</style></head><body>
 <h1>{title}</h1>
 {facts}
+{top}
 {sections}
+{bottom}
 <script>{script}</script></body></html>
 """
 
 
 def write_page(
-    galleries: list[Gallery], orientation: Orientation, window: Window, title: str, facts: list[str], file: Path
+    galleries: list[Gallery],
+    orientation: Orientation,
+    window: Window,
+    title: str,
+    facts: list[str],
+    file: Path,
+    top: str = "",
+    bottom: str = "",
 ) -> None:
-    """Write the page; ``title`` and ``facts`` are plain text."""
+    """Write the page; ``title`` and ``facts`` are plain text, ``top`` and ``bottom`` HTML around the galleries."""
     html = PAGE.format(
         title=escape(title),
         style=STYLE,
         script=SCRIPT,
         facts="\n".join(f'<p class="facts">{escape(fact)}</p>' for fact in facts),
         sections="\n".join(section(gallery, orientation, window) for gallery in galleries),
+        top=top,
+        bottom=bottom,
     )
     with atomic_file(file) as stream:
         stream.write(html.encode(errors="replace"))  # file names may hold bytes that are no text

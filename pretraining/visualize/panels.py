@@ -135,8 +135,8 @@ def attention_panels(
     for name, attention in named:
         strongest = float(np.nanmax(attention.weights))
         title = f"{name}\nmax {strongest * attention.num_keys:.1f} × uniform"
-        if attention.to_class_token >= 0.005:
-            title += f", class token {attention.to_class_token:.0%}"
+        if attention.to_others >= 0.005:
+            title += f", class or register tokens {attention.to_others:.0%}"
         full = max(float(np.nanpercentile(attention.weights, FULL_COLOUR)), 1e-12)
         share = enlarge(np.clip(attention.weights / full, 0, 1), patch).astype(np.float32)
         panels.append(Panel(title=title, volumes=(crop, query, share), paint=overlaid))

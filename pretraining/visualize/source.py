@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
-from nnunetv2_hiendmae.architectures.vit import ViT
+from nnunetv2_hiendmae.architectures.encoder import Encoder
+from nnunetv2_hiendmae.checks import Size
 from nnunetv2_hiendmae.intensity import Window
-from nnunetv2_hiendmae.weights import WEIGHTS_FILE, check_keys, load_encoder, load_weights
+from nnunetv2_hiendmae.weights.file import WEIGHTS_FILE, build_encoder, check_keys, load_weights
 from pretraining.checkpoint import load_checkpoint
-from pretraining.config import PACKED, RunConfig, Size
+from pretraining.config import RunConfig
+from pretraining.data.packed import PACKED
 from pretraining.model import HiEndMAE
 
 Spacing = tuple[float, float, float]
@@ -23,7 +25,7 @@ class Source:
     """A pre-trained network and the data it knows."""
 
     name: str
-    encoder: ViT
+    encoder: Encoder
     model: HiEndMAE | None
     """None for a weights file, which holds no decoder."""
     img_size: Size
@@ -83,18 +85,9 @@ def open_weights(file: Path) -> Source:
     """The encoder of a weights file. ``ValueError`` if it is none, or damaged."""
     weights = load_weights(file)
     h, w, d = weights.header["img_size"]
-    ph, pw, pd = weights.architecture.patch_size
-    learned = "pos_embed" in weights.encoder
-    encoder = ViT(
-        weights.architecture,
-        (h // ph, w // pw, d // pd),
-        class_token="cls_token" in weights.encoder,
-        learned_pos_embed=learned,
-    )
-    load_encoder(encoder, weights, weights.architecture.in_channels)
     return Source(
         name=file.name,
-        encoder=encoder,
+        encoder=build_encoder(weights),
         model=None,
         img_size=(h, w, d),
         window_hu=weights.window_hu,
@@ -106,11 +99,3 @@ def open_weights(file: Path) -> Source:
 def distinct_spacings(header: dict[str, Any]) -> tuple[Spacing, ...]:
     """Spacings recorded in a weights header, each once."""
     return tuple(dict.fromkeys((float(h), float(w), float(d)) for h, w, d in header.get("spacing", {}).values()))
-
-
-def untrained(source: Source, seed: int) -> ViT:
-    """The same encoder with random weights, as pre-training starts."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        encoder = ViT(source.encoder.config, source.encoder.grid, class_token=source.encoder.cls_token is not None)
-    return encoder.to(source.encoder.norm.weight.device).eval().requires_grad_(False)

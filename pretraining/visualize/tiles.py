@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnunetv2_hiendmae.architectures.vit import ViT
-from pretraining.config import Size
-from pretraining.corpus import read_padded
+from nnunetv2_hiendmae.architectures.encoder import Encoder
+from nnunetv2_hiendmae.checks import Size
+from nnunetv2_hiendmae.crops import read_padded
 from pretraining.masking import patchify, random_shuffle, unpatchify
 from pretraining.model import HiEndMAE
 from pretraining.preview import reconstruct
@@ -107,10 +107,10 @@ class TokenMap:
 
 
 @torch.no_grad()
-def encode_volume(encoder: ViT, volume: np.ndarray, img_size: Size, margin: float, show: Show = iter) -> TokenMap:
+def encode_volume(encoder: Encoder, volume: np.ndarray, img_size: Size, margin: float, show: Show = iter) -> TokenMap:
     """Tapped layers of the encoder, which sees every patch, as in fine-tuning. ``margin`` above 0 is tissue."""
-    device = encoder.norm.weight.device
-    skip = 0 if encoder.cls_token is None else 1
+    device = encoder.stem.weight.device
+    skip = encoder.num_prefix
     tissue: list[Tensor] = []
     taps: list[list[Tensor]] = []
     for starts in show(batches(tile_starts(volume.shape, img_size))):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import SimpleITK as sitk
 
-from pretraining.config import Size
+from nnunetv2_hiendmae.checks import Size
 from pretraining.visualize.cases import Frame
 
 PLANES = ("axial", "coronal", "sagittal")

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pretraining.cli import pick_device
-from pretraining.config import Size
-from pretraining.corpus import TISSUE_MARGIN
-from pretraining.preprocessed import default_plans
+from nnunetv2_hiendmae.architectures.encoder import untrained
+from nnunetv2_hiendmae.checks import Size
+from nnunetv2_hiendmae.crops import crop_around
+from pretraining.data.b2nd import default_plans
+from pretraining.data.corpus import TISSUE_MARGIN
+from pretraining.device import pick_device
 from pretraining.visualize.attention import (
     AttentionMap,
-    crop_around,
     decoder_attention,
     encoder_attention,
     token_of,
@@ -32,7 +33,7 @@ from pretraining.visualize.panels import (
     feature_panels,
     reconstruction_panels,
 )
-from pretraining.visualize.source import Source, Spacing, open_source, untrained
+from pretraining.visualize.source import Source, Spacing, open_source
 from pretraining.visualize.tiles import crop_at, encode_volume, reconstruct_volume
 from pretraining.visualize.views import Orientation
 
@@ -169,7 +170,7 @@ def attention(source: Source, case: Case, voxel: Size, seed: int) -> Gallery:
     """Attention of the voxel's patch within the crop around it."""
     config, size = source.encoder.config, source.img_size
     start = crop_around(voxel, case.volume.shape, size)
-    x = crop_at(case.volume, start, size).to(source.encoder.norm.weight.device)
+    x = crop_at(case.volume, start, size).to(source.encoder.stem.weight.device)
     token = token_of(voxel, start, config.patch_size, source.encoder.grid)
     named: list[tuple[str, AttentionMap]] = [
         (f"encoder, layer {a.layer}", a) for a in encoder_attention(source.encoder, x, token)
@@ -200,12 +201,12 @@ def features(source: Source, case: Case, voxel: Size, seed: int) -> Gallery:
     """Tapped layers of the pre-trained encoder beside those of random weights."""
     config = source.encoder.config
     named: list[tuple[str, FeatureColours]] = []
-    for name, encoder in (("pre-trained", source.encoder), ("random", untrained(source, seed))):
+    for name, encoder in (("pre-trained", source.encoder), ("random", untrained(source.encoder, seed))):
         tokens = encode_volume(encoder, case.volume, source.img_size, TISSUE_MARGIN, show)
         found = colours(tokens, config.taps, case.volume.shape, source.img_size, config.patch_size)
         named += [(f"{name}, layer {f.layer}", f) for f in found]
     text = (
-        "Each patch's features, less what its place in the crop and the crop as a whole foretell, reduced to the three "
+        "Each patch's features, less what its place in the crop and the crop as a whole explain, reduced to the three "
         "directions in which the patches of this CT differ most: red, green and blue. Patches of like colour have "
         "like features. Colours cannot be compared between pictures, each has its own directions. The captions give "
         "the share of variance that place explains and, of the rest, the shares of red, green and blue."

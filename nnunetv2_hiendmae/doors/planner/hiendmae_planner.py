@@ -1,5 +1,5 @@
 """Door through which nnU-Net finds our experiment planner."""
 
-from nnunetv2_hiendmae.planner import HiEndMAEPlanner
+from nnunetv2_hiendmae.nnunet.planner import HiEndMAEPlanner
 
 __all__ = ["HiEndMAEPlanner"]

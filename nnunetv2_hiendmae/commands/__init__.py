@@ -1,0 +1,1 @@
+"""The commands that use weights, one file each."""

@@ -1,0 +1,1 @@
+"""What nnU-Net loads: trainers, planner, normalisation, and the settings in its plans."""

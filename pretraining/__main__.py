@@ -1,5 +1,0 @@
-"""``python -m pretraining``, for torchrun."""
-
-from pretraining.cli import main
-
-main()

@@ -1,0 +1,1 @@
+"""The commands that make weights, one file each."""

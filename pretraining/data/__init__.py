@@ -1,0 +1,1 @@
+"""Crops: from volumes on disk to a batch on the device."""

@@ -1,0 +1,1 @@
+"""The whole path on synthetic CT, for the first ten minutes."""

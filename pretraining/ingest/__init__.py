@@ -1,1 +1,0 @@
-"""From a heap of scans to an nnU-Net raw data set."""

@@ -1,0 +1,1 @@
+"""From foreign scans to nnU-Net's preprocessed volumes."""

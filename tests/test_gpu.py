@@ -1,0 +1,37 @@
+"""What only a GPU can show; skipped without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pretraining.config import PRESETS, RunConfig, Runtime
+from pretraining.device import Reading
+from pretraining.speed import random_batch
+from pretraining.step import TrainState, agree, backward, prepare_network, update
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_nothing_in_a_step_waits_for_the_device(precision: str) -> None:
+    """torch raises at every wait; numbers are read one step late, by an event."""
+    model = PRESETS["nano"].model(crop_size=(32, 32, 32), patch_size=(4, 4, 4), in_channels=1, mask_ratio=0.75)
+    config = RunConfig(
+        datasets=("X",), plans="p", configuration="c", model=model, steps=9, batch_size=16, precision=precision,
+        grad_clip=1.0,
+    )  # fmt: skip
+    device = torch.device("cuda", 0)
+    state = TrainState.create(config, device)
+    network = prepare_network(state.model, Runtime(device="cuda", accumulate=2), device)
+    batches = [{k: v.contiguous().pin_memory() for k, v in random_batch(config, 8).items()} for _ in range(2)]
+    readings = []
+    for number in range(5):
+        torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first step makes the optimizer's state
+        try:
+            loss, grad_norm = backward(state, network, batches, config, device)
+            shared = agree(state, loss, grad_norm, stop=False)
+            update(state, 1e-4, shared)
+            readings.append(Reading(shared))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.tensor(reading.get()).isfinite().all() for reading in readings[2:])
