@@ -42,6 +42,12 @@ def hu_evidence(properties: dict[str, Any]) -> Evidence:
     return Evidence.UNCLEAR
 
 
+def holds_hu(name: str, properties: dict[str, Any]) -> bool:
+    """Whether a channel holds HU, by its values, and by its name where these do not tell."""
+    evidence = hu_evidence(properties)
+    return evidence in (Evidence.LIKELY, Evidence.SURE) or (evidence is Evidence.UNCLEAR and names_ct(name))
+
+
 def names_ct(name: str) -> bool:
     """Whether a channel's name in dataset.json speaks of CT: ct, CTA, CBCT, CT_portal, "contrast CT", HU …"""
     return (

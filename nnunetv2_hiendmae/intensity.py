@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_hiendmae.channels import Evidence, hu_evidence, names_ct
+from nnunetv2_hiendmae.channels import Evidence, holds_hu, hu_evidence
 
 Window = tuple[float, float]
 
@@ -114,7 +114,6 @@ def hu_domain(scheme: str, properties: dict[str, Any]) -> tuple[float, float, Wi
 
 def keep_note(scheme: str, evidence: Evidence, properties: dict[str, Any], name: str) -> dict[str, Any]:
     """``note`` and ``is_doubtful`` of a channel that reaches the encoder as nnU-Net normalised it."""
-    holds_hu = evidence in (Evidence.LIKELY, Evidence.SURE) or (evidence is Evidence.UNCLEAR and names_ct(name))
     kept = f"reaches the encoder as {scheme} left it"
     if scheme in ("CTNormalization", "HUWindowNormalization"):
         return {
@@ -122,7 +121,7 @@ def keep_note(scheme: str, evidence: Evidence, properties: dict[str, Any], name:
             f"dataset.json as what it is (PET, MRI …), plan and preprocess again",
             "is_doubtful": True,
         }
-    if holds_hu and scheme != "NoNormalization":
+    if holds_hu(name, properties) and scheme != "NoNormalization":
         how = "uses each image's own statistics and" if scheme in IMAGE_BY_IMAGE else "is not known here and"
         return {
             "note": f"CT, but {scheme} {how} cannot be undone: it {kept}, not as the HU that the encoder was trained "

@@ -15,6 +15,7 @@ import pytest
 from conftest import World
 from processes import descendants, start, wait_for
 
+from nnunetv2_hiendmae.benchmark.shifts import SHIFTS
 from pretraining.phantom import write_phantoms
 
 pytestmark = pytest.mark.slow  # real trainings: one to four minutes on two cores
@@ -102,6 +103,29 @@ def test_finished_report(bench: tuple[World, Path]) -> None:
             file.unlink()
     report(bench, ok=True)
     assert {file.name: file.read_bytes() for file in out.glob("*.*")} == before
+
+
+def test_robustness(bench: tuple[World, Path]) -> None:
+    """Changed scans are predicted once; unchanged ones get the report's Dice; a lost network is told."""
+    world, out = bench
+    command = f"hiendmae_benchmark robustness -o {out}"
+    assert world.run(command).count(": Dice ") == 2 * len(SHIFTS)
+    rows = list(csv.DictReader((out / "robustness.csv").read_text(encoding="utf-8").splitlines()))
+    assert [row["change"] for row in rows] == [shift.name for shift in SHIFTS]
+    report(bench, ok=True)
+    dice = {r["organ"]: r for r in csv.DictReader((out / "dice.csv").read_text(encoding="utf-8").splitlines())}
+    assert all(rows[0][arm] == dice["mean"][arm] for arm in ("nnunet", "scratch"))
+    assert all(row[arm][0] in "+-" for row in rows[1:] for arm in ("nnunet", "scratch"))
+    scores = list(csv.DictReader((out / "robustness_cases.csv").read_text(encoding="utf-8").splitlines()))
+    assert len({row["dice"] for row in scores if row["arm"] == "nnunet"}) > len(SHIFTS)  # the scans did change
+    before = (out / "robustness.md").read_bytes()
+    assert ": Dice " not in world.run(command) and (out / "robustness.md").read_bytes() == before
+    network = fold_folders(world)["nnunet"] / "checkpoint_final.pth"
+    network.rename(network.with_suffix(".away"))
+    said = world.run(command, ok=False)
+    network.with_suffix(".away").rename(network)
+    assert "checkpoint_final.pth was removed" in said and "Traceback" not in said
+    assert "MISSING" in (out / "robustness.md").read_text(encoding="utf-8")
 
 
 def raise_dice(folder: Path) -> None:

@@ -19,24 +19,26 @@ EXAMPLES = """Examples:
   hiendmae_benchmark plan -o bench -grid bench/grid.json     (after editing it)
   hiendmae_benchmark run -o bench [-part_id 0 -num_parts 4]
   hiendmae_benchmark report -o bench
+  hiendmae_benchmark robustness -o bench                     (test cases turned, scaled, noisy, cut off)
   hiendmae_benchmark probe -d 17 -w weights.pth              (no training: a linear map of the encoder's tokens)
 """
 
 
 def parser() -> CommandParser:
-    """Three verbs on a benchmark's folder, ``-o``, and one that trains nothing."""
+    """Four verbs on a benchmark's folder, ``-o``, and one that trains nothing."""
     p = CommandParser(
         prog="hiendmae_benchmark",
         description="Compare Hi-End-MAE with nnU-Net's own trainers under one budget.",
         examples=EXAMPLES,
     )
-    verbs = p.add_subparsers(dest="verb", required=True, metavar="{plan,run,report,probe}")
+    verbs = p.add_subparsers(dest="verb", required=True, metavar="{plan,run,report,robustness,probe}")
     add_plan_flags(verbs.add_parser("plan", help="write grid, label budgets, plans and commands"))
     r = verbs.add_parser("run", help="run what is not finished")
     r.add_argument("-part_id", type=int, default=0, metavar="N", help="this part [0]")
     r.add_argument("-num_parts", type=int, default=1, metavar="N", help="parts that share the runs [1]")
     c = verbs.add_parser("report", help="Markdown, CSV and HTML from what was run")
     c.add_argument("-tolerance_mm", type=float, default=2.0, metavar="MM", help="of the surface Dice [2]")
+    verbs.add_parser("robustness", help="Dice that finished networks lose on changed scans")
     for verb in verbs.choices.values():
         verb.add_argument("-o", required=True, type=Path, metavar="FOLDER", help="the benchmark's folder")
     b = verbs.add_parser("probe", help="what a linear map finds in the tokens of weights, beside random ones")
@@ -153,6 +155,17 @@ def report_verb(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
+def robustness_verb(args: argparse.Namespace) -> int:
+    """Predict changed test cases and write what was lost; 1 if a run cannot be predicted."""
+    from nnunetv2_hiendmae.benchmark.robustness import robustness
+
+    failures = robustness(read_grid(args.o / GRID_FILE), args.o)
+    for line in failures:
+        print(f"MISSING {line}", file=sys.stderr)
+    print(f"Dice lost on changed scans in {args.o / 'robustness.md'}.")
+    return 1 if failures else 0
+
+
 def probe_verb(args: argparse.Namespace) -> int:
     """Print what a linear map finds in the tokens of each file, and of random weights."""
     import torch
@@ -170,7 +183,14 @@ def probe_verb(args: argparse.Namespace) -> int:
 
 def benchmark(args: argparse.Namespace) -> int:
     """The verb that was asked for; 1 if a run failed, is missing or changed."""
-    return {"plan": plan_verb, "run": run_verb, "report": report_verb, "probe": probe_verb}[args.verb](args)
+    verbs = {
+        "plan": plan_verb,
+        "run": run_verb,
+        "report": report_verb,
+        "robustness": robustness_verb,
+        "probe": probe_verb,
+    }
+    return verbs[args.verb](args)
 
 
 def main() -> NoReturn:
