@@ -49,7 +49,7 @@ def test_problems_and_their_mends(world: World, tmp_path: Path) -> None:
     report = world.run(f"{QUICK} -d 901", ok=False, **empty)
     assert "warning" in levels(report) and "5 of 6 cases are preprocessed" in report
     assert "→ nnUNetv2_preprocess -d 901 -plans_name nnUNetPlans -c 3d_fullres" in report
-    assert "No Hi-End-MAE weights found" in report and "→ hiendmae_pretrain" in report
+    assert "No Hi-End-MAE weights found" in report and "→ Pre-train with 'hiendmae_pretrain -d" in report
     report = world.run(f"{QUICK} -d 901 -c 3d_lowres", ok=False)
     assert "has no configuration 3d_lowres" in report
     (tmp_path / "preprocessed" / DATASET / "nnUNetPlans.json").write_text("{", encoding="utf-8")

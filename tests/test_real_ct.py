@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import World, shared_folder
 
-SHORT = "--epochs 1 --num_iterations_per_epoch 2 --num_val_iterations_per_epoch 1 --feature_size 4"
+SHORT = "--epochs 1 --num_iterations_per_epoch 2 --num_val_iterations_per_epoch 1 --feature_size 4 --no_mirroring"
 TRAINER = "nnUNetTrainerHiEndMAE"
 
 pytestmark = pytest.mark.slow
