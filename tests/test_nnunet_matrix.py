@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from conftest import World
 
 from pretraining.phantom import LABELS, write_phantoms
@@ -60,6 +62,9 @@ def test_channels_regions_ignore(ct_pet: World, pretrained: Path) -> None:
     )
     predicted = sitk.GetArrayFromImage(sitk.ReadImage(str(next(out.glob("*.nii.gz")))))
     assert predicted.shape == sitk.GetArrayFromImage(sitk.ReadImage(str(next(images.glob("*_0001*"))))).shape
+    (network,) = (ct_pet.root / "results" / "Dataset902_CtPet").glob("*/fold_0/checkpoint_final.pth")
+    bias = torch.load(network, weights_only=False)["network_weights"]["head.seg_layers.0.bias"]
+    assert (bias - math.log(0.02)).abs().max() < 0.01  # regions have no background channel
 
 
 @pytest.mark.slow

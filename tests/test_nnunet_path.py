@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import DATASET, World
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -49,6 +51,13 @@ def test_results_say_how_they_were_made(trained: World, pretrained: Path) -> Non
     assert json.loads((results(trained) / "fold_0" / "validation" / "summary.json").read_text(encoding="utf-8"))[
         "foreground_mean"
     ]
+
+
+def test_organs_start_rare(trained: World) -> None:
+    """Four iterations of training do not take the head far from where it starts: even odds would be 0."""
+    file = results(trained) / "fold_0" / "checkpoint_final.pth"
+    bias = torch.load(file, weights_only=False)["network_weights"]["head.seg_layers.0.bias"]
+    assert abs(bias[0]) < 0.01 and (bias[1:] - math.log(0.02)).abs().max() < 0.01
 
 
 def test_continue_validate_predict_without_weights(trained: World, pretrained: Path) -> None:

@@ -49,6 +49,12 @@ def test_command_writes_both_sizes(world: World) -> None:
     assert changed["data_identifier"] == "nnUNetPlans_3d_fullres"
 
 
+def test_command_pools_the_dice_of_a_batch(world: World) -> None:
+    assert configuration_of(world, "nnUNetPlans")["batch_dice"] is False
+    world.run("hiendmae_plan -d 901 -plans_name pooled --batch_dice")
+    assert configuration_of(world, "pooled")["batch_dice"] is True
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nnunetv2_hiendmae.architectures import HiEndMAEUNETR, ViT, ViTConfig, interpolate_pos_embed, sincos_pos_embed
+from nnunetv2_hiendmae.architectures.unetr import SegHead
 from nnunetv2_hiendmae.weights.file import Weights, load_encoder
 
 CONFIG = ViTConfig(patch_size=(6, 4, 8), embed_dim=24, depth=4, num_heads=2, taps=(0, 1, 3))
@@ -179,3 +180,13 @@ def test_the_deepest_tap_joins_first() -> None:
     assert len(seen) == len(taps) == 3
     for volume, tap in zip(seen, reversed(taps), strict=True):
         assert torch.equal(volume.flatten(2).transpose(1, 2), tap)
+
+
+def test_odds_of_an_organ_at_the_start() -> None:
+    head = SegHead(4, 5)
+    nothing = torch.zeros(1, 4, 2, 2, 2)
+    head.expect_few(has_background=True)
+    odds = head(nothing).softmax(1)
+    assert torch.allclose(odds[:, 1:] / odds[:, :1], torch.tensor(0.02))
+    head.expect_few(has_background=False)
+    assert torch.allclose(head(nothing).sigmoid(), torch.tensor(0.02 / 1.02))

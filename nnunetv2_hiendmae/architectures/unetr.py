@@ -6,6 +6,7 @@ Shapes: B batch, C channels, K classes, E embed_dim, L tokens, ``g`` the token g
 from __future__ import annotations
 
 from functools import partial
+from math import log
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ ResBlock = partial(
     nonlin=nn.LeakyReLU,
     nonlin_kwargs={"inplace": True},
 )
+
+RARE = 0.02
+"""Odds of an organ at a voxel before anything is learned."""
 
 
 class TapPath(nn.Module):
@@ -66,6 +70,21 @@ class SegHead(nn.Module):
     def __init__(self, features: int, num_classes: int) -> None:
         super().__init__()
         self.seg_layers = nn.ModuleList([nn.Conv3d(features, num_classes, 1)])
+
+    @torch.no_grad()
+    def expect_few(self, *, has_background: bool) -> None:
+        """Let the odds of every organ start at ``RARE`` (as RetinaNet's: Lin et al. 2017, section 4.1).
+
+        From even odds the first steps of AdamW only unlearn organs where there are none, and go so far that small ones
+        may not come back for hundreds of steps.
+
+        Args:
+            has_background: channel 0 is the background, in one softmax with the others; else each has a sigmoid.
+        """
+        bias = self.seg_layers[0].get_parameter("bias")
+        nn.init.constant_(bias, log(RARE))
+        if has_background:
+            bias[0] = 0
 
     def forward(self, x: Tensor) -> Tensor:
         return self.seg_layers[0](x)

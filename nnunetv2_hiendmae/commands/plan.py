@@ -41,6 +41,12 @@ def parser() -> CommandParser:
     p.add_argument("-plans_name", metavar="NAME", help="name of the new plans [<PLANS>_hiendmae]")
     p.add_argument("-patch_size", type=int, nargs=3, metavar="N", help="voxels, z y x [that of PLANS]")
     p.add_argument("-batch_size", type=int, metavar="N", help="[that of PLANS]")
+    p.add_argument(
+        "-batch_dice",
+        "--batch_dice",
+        action="store_true",
+        help="Dice loss over the batch: patches that lack an organ then do not unteach it [by nnU-Net's rule]",
+    )
     for f in fields(FineTuneSettings):
         if f.name in NOT_FLAGS:
             continue
@@ -71,7 +77,7 @@ def plan(args: argparse.Namespace) -> None:
     if args.weights is not None:
         weights = load_weights(args.weights)
         settings |= {"weights": str(weights.path.absolute()), "weights_sha256": weights.sha256}
-    plans = make_plans(source, plans_name, settings, args.patch_size, args.batch_size)
+    plans = make_plans(source, plans_name, settings, args.patch_size, args.batch_size, args.batch_dice)
     save_json(plans, str(target), sort_keys=False)
     print(f"Plans written to {target}")
     print_channels(folder, plans, settings.get("window_hu"))

@@ -26,11 +26,13 @@ def make_plans(
     settings: dict[str, Any],
     patch_size: Sequence[int] | None = None,
     batch_size: int | None = None,
+    batch_dice: bool = False,
 ) -> dict[str, Any]:
     """Plans like ``source`` under another name, with ``settings`` in the block of every 3D configuration.
 
     The preprocessed data stay those of the source: each configuration keeps its ``data_identifier``.
-    ``patch_size`` (voxels, ``(z, y, x)``) and ``batch_size`` replace those of every 3D configuration.
+    ``patch_size`` (voxels, ``(z, y, x)``) and ``batch_size`` replace those of every 3D configuration; ``batch_dice``
+    lets their Dice loss run over the batch, whatever nnU-Net's rule says.
 
     Raises:
         ValueError: impossible name, settings or sizes.
@@ -49,6 +51,8 @@ def make_plans(
                 configuration = with_patch_size(configuration, patch_size)
             if batch_size is not None and "batch_size" in configuration:
                 configuration["batch_size"] = batch_size
+            if batch_dice:
+                configuration["batch_dice"] = True
         configurations[name] = configuration
     return {**source, "plans_name": plans_name, "configurations": configurations}
 

@@ -109,6 +109,8 @@ class nnUNetTrainerHiEndMAE(nnUNetTrainer):
         """Resolve the settings, build everything as nnU-Net does, then copy the encoder's weights in."""
         weights = self._or_exit(self._resolve_settings)
         super().initialize()
+        if self.settings.segmentation_decoder == "hierarchical":  # Primus' own decoder stays as nnU-Net starts it
+            bare(self.network).head.expect_few(has_background=not self.label_manager.has_regions)
         if weights is None:
             return
         image_channels = len(self.configuration_manager.normalization_schemes)

@@ -20,12 +20,14 @@ class Recipe:
 
     voxel_mm: float
     preset: str
-    num_unlabelled: int = 28
+    num_unlabelled: int = 20
     num_labelled: int = 5
     """nnU-Net's fold 0 trains on four of them and validates on the fifth."""
-    num_test: int = 6
+    num_test: int = 4
     pretrain_steps: int
     pretrain_batch: int
+    crop_size: Size
+    """Of pre-training, voxels."""
     patch_size: Size
     """Of fine-tuning, voxels ``(z, y, x)``."""
     batch_size: int
@@ -42,15 +44,16 @@ class Recipe:
 CPU = Recipe(
     voxel_mm=7,
     preset="pico",
-    pretrain_steps=300,
+    pretrain_steps=200,
     pretrain_batch=4,
-    patch_size=(24, 24, 32),
+    crop_size=(24, 24, 24),
+    patch_size=(24, 24, 24),
     batch_size=2,
     feature_size=12,
     initial_lr=1.5e-3,
     layer_decay=0.9,
-    epochs=17,
-    iterations=19,
+    epochs=6,
+    iterations=29,
     loaders=0,
 )
 CUDA = Recipe(
@@ -58,6 +61,7 @@ CUDA = Recipe(
     preset="nano",
     pretrain_steps=2000,
     pretrain_batch=32,
+    crop_size=(32, 32, 32),
     patch_size=(40, 40, 48),
     batch_size=4,
     feature_size=24,
@@ -99,7 +103,8 @@ class Step:
 
 def settings(recipe: Recipe, device: str, seed: int) -> dict[str, Any]:
     """What makes two demos the same, as plain data."""
-    return {**asdict(recipe), "patch_size": list(recipe.patch_size), "device": device, "seed": seed}
+    sizes = {name: list(getattr(recipe, name)) for name in ("crop_size", "patch_size")}
+    return {**asdict(recipe), **sizes, "device": device, "seed": seed}
 
 
 def steps(recipe: Recipe, device: str, seed: int, out: Path) -> list[Step]:
@@ -144,6 +149,7 @@ def pretrain(recipe: Recipe, device: str, seed: int) -> Step:
             Command(
                 text=f"hiendmae_pretrain -d 998 -preset {recipe.preset} -device {device} "
                 f"-steps {recipe.pretrain_steps} -batch_size {recipe.pretrain_batch} "
+                f"-crop_size {' '.join(map(str, recipe.crop_size))} "
                 f"-val_every {recipe.pretrain_steps // 4} -preview_epochs 0 --no_augmentation "
                 f"-num_workers {recipe.loaders} -seed {seed}",
                 files=f"nnUNet_results/{UNLABELLED}/*/*/metrics.jsonl",
@@ -166,7 +172,7 @@ def plan(recipe: Recipe) -> Step:
                 f"-batch_size {recipe.batch_size} --architecture {recipe.preset} --feature_size {recipe.feature_size} "
                 f"--epochs {recipe.epochs} --num_iterations_per_epoch {recipe.iterations} "
                 f"--num_val_iterations_per_epoch 1 --initial_lr {recipe.initial_lr:g} "
-                f"--layer_decay {recipe.layer_decay:g} --no_augmentation",
+                f"--layer_decay {recipe.layer_decay:g} --no_augmentation --batch_dice",
                 files=f"nnUNet_preprocessed/{LABELLED}/{PLANS}.json",
             ),
         ),
@@ -188,6 +194,7 @@ def fine_tune(recipe: Recipe, device: str) -> Step:
             )
             for trainer in (PRETRAINED, SCRATCH)
         ),
+        threads=2,
     )
 
 

@@ -41,7 +41,7 @@ def environment(out: Path, loaders: int) -> dict[str, str]:
     for kind in ("raw", "preprocessed", "results"):
         env[f"nnUNet_{kind}"] = str(out / f"nnUNet_{kind}")
     # One loader at most beside each training, and no torch.compile, which takes minutes and a C compiler.
-    own = {"nnUNet_n_proc_DA": str(loaders), "nnUNet_def_n_proc": "2", "nnUNet_compile": "f"}
+    own = {"nnUNet_n_proc_DA": str(loaders), "nnUNet_def_n_proc": "1", "nnUNet_compile": "f"}
     return {**env, **own, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
 
 
