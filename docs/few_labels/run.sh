@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The comparison of docs/experiments.md, section 4, from raw data to the report. Two CPU cores:
+# The comparison of docs/experiments.md, section 4, from raw data to the report, with today's start of the head. Two CPU cores:
 # ten hours or less, reckoned from its parts; in one go it was run on phantoms only, with fewer steps (by a test).
 #
 #   export nnUNet_raw=... nnUNet_preprocessed=... nnUNet_results=...     with Dataset500 and Dataset501 in nnUNet_raw
