@@ -189,7 +189,7 @@ def test_other_cases(runs: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_script_runs_from_raw_data_to_the_reports(tmp_path: Path) -> None:
-    """run.sh itself on phantoms, with fewer steps, epochs, labels and label subsets."""
+    """run.sh itself on phantoms, with fewer steps, epochs, labels, label subsets and arms."""
     from pretraining.phantom import write_phantoms
 
     here, raw, work = (tmp_path / name for name in ("few_labels", "raw", "work"))
@@ -205,6 +205,8 @@ def test_the_script_runs_from_raw_data_to_the_reports(tmp_path: Path) -> None:
     small = {"labels": [1], "seeds": [0], "num_epochs": 1, "num_iterations_per_epoch": 2}
     for file in KEPT.glob("grid*.json"):
         grid = json.loads(file.read_text(encoding="utf-8"))
+        if file.name != "grid.json":  # it has every arm; the others run the same code
+            grid["arms"] = [grid["arms"][0], grid["arms"][-1]]
         (here / file.name).write_text(json.dumps(grid | small), encoding="utf-8")
 
     env = os.environ | {f"nnUNet_{kind}": str(tmp_path / kind) for kind in ("raw", "preprocessed", "results")}
@@ -220,7 +222,7 @@ def test_the_script_runs_from_raw_data_to_the_reports(tmp_path: Path) -> None:
     assert len(reports) == 3
     for file in reports:
         rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
-        assert [row["status"] for row in rows] == ["finished"] * len(rows) and len(rows) in (4, 5)
+        assert [row["status"] for row in rows] == ["finished"] * len(rows) and len(rows) in (2, 4)
 
     kept = tmp_path / "kept"
     done = subprocess.run(
