@@ -52,8 +52,8 @@ CPU = Recipe(
     feature_size=12,
     initial_lr=1.5e-3,
     layer_decay=0.9,
-    epochs=6,
-    iterations=29,
+    epochs=9,
+    iterations=28,
     loaders=0,
 )
 CUDA = Recipe(
