@@ -115,7 +115,7 @@ def measure(run: Run, fold: Path, device: torch.device, kept: Path) -> Dice:
     digest = digest_of(fold / FINAL, files)
     before = read_json(file, "Remove it.") if file.is_file() else {}
     dice: Dice = before["dice"] if before.get("digest") == digest else {}
-    is_ct = channels_in_hu(fold, run.configuration, dataset)
+    is_ct = channels_in_hu(fold, dataset)
     todo = [shift for shift in SHIFTS if shift.name not in dice and (any(is_ct) or not shift.needs_ct)]
     if todo:
         kept.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def digest_of(checkpoint: Path, files: Files) -> str:
     return hashlib.sha256("".join(map(file_sha256, parts)).encode()).hexdigest()
 
 
-def channels_in_hu(fold: Path, configuration: str, dataset: dict[str, Any]) -> tuple[bool, ...]:
+def channels_in_hu(fold: Path, dataset: dict[str, Any]) -> tuple[bool, ...]:
     """Which image channels are in HU, by name and values, as for the intensities of the network's input."""
     plans = read_json(fold.parent / "plans.json")
     statistics = plans.get("foreground_intensity_properties_per_channel", {})
