@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -10,14 +12,20 @@ from pretraining.processes import usable_cores
 
 
 def pick_device(name: str, ranks_here: int) -> torch.device:
-    """``ValueError`` if the machine lacks the device. On the CPU all cores compute, on a GPU one feeds it."""
+    """``ValueError`` if the machine lacks the device.
+
+    On the CPU all cores compute, or as many as OMP_NUM_THREADS says; on a GPU one feeds it.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("-device cuda: torch finds no CUDA device. Use -device cpu (and -preset tiny) or mps.")
     if name == "cuda" and torch.cuda.device_count() < ranks_here:
         raise ValueError(f"-num_gpus {ranks_here}: torch finds {torch.cuda.device_count()} CUDA devices.")
     if name == "mps" and not torch.backends.mps.is_available():
         raise ValueError("-device mps: torch finds no Apple GPU. Use -device cpu (and -preset tiny).")
-    torch.set_num_threads(max(usable_cores() // ranks_here, 1) if name == "cpu" else 1)
+    if name != "cpu":
+        torch.set_num_threads(1)
+    elif "OMP_NUM_THREADS" not in os.environ:  # torch has read it
+        torch.set_num_threads(max(usable_cores() // ranks_here, 1))
     return torch.device(name, distributed.local_rank()) if name == "cuda" else torch.device(name)
 
 

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+# Test processes share the cores, and so do their commands; before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from golden import SHARED
 
 from pretraining.phantom import write_phantoms

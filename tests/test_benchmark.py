@@ -118,6 +118,7 @@ def test_robustness(bench: tuple[World, Path]) -> None:
     assert all(row[arm][0] in "+-" for row in rows[1:] for arm in ("nnunet", "scratch"))
     scores = list(csv.DictReader((out / "robustness_cases.csv").read_text(encoding="utf-8").splitlines()))
     assert len({row["dice"] for row in scores if row["arm"] == "nnunet"}) > len(SHIFTS)  # the scans did change
+    assert {row["organ"] for row in scores} == set(dice) - {"mean"}
     before = (out / "robustness.md").read_bytes()
     assert ": Dice " not in world.run(command) and (out / "robustness.md").read_bytes() == before
     network = fold_folders(world)["nnunet"] / "checkpoint_final.pth"

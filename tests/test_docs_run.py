@@ -50,7 +50,8 @@ file = preprocessed_folder(sys.argv[1]) / f"{name}.json"
 plans = json.loads(file.read_text(encoding="utf-8"))
 plan = plans["configurations"]["3d_fullres"]
 plan["hiendmae"] = plan.get("hiendmae", {}) | {
-    "num_epochs": 1, "num_iterations_per_epoch": 1, "num_val_iterations_per_epoch": 1, "feature_size": 4
+    "num_epochs": 1, "num_iterations_per_epoch": 1, "num_val_iterations_per_epoch": 1, "feature_size": 4,
+    "no_mirroring": True
 }
 plan["patch_size"], plan["batch_size"] = [16, 16, 16], 2
 file.with_suffix(".own").write_bytes(file.read_bytes())

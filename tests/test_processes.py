@@ -99,4 +99,12 @@ def test_a_process_bound_to_one_core_starts_no_more_than_one() -> None:
     """As under SLURM: usable cores, torch's threads, loader processes, and processes of ``hiendmae_ingest``."""
     core = str(min(os.sched_getaffinity(0)))
     command = ["taskset", "-c", core, sys.executable, "-c", ONE_CORE]
-    assert subprocess.check_output(command, encoding="utf-8").split() == ["1", "1", "0", "1"]
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    assert subprocess.check_output(command, encoding="utf-8", env=env).split() == ["1", "1", "0", "1"]
+
+
+def test_a_variable_limits_the_threads() -> None:
+    """Several runs side by side on the CPU share its cores so."""
+    code = "import torch, pretraining.device as d; d.pick_device('cpu', 1); print(torch.get_num_threads())"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    assert subprocess.check_output([sys.executable, "-c", code], encoding="utf-8", env=env).strip() == "1"

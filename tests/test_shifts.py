@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnunetv2_hiendmae.benchmark.robustness import dice_by_label
+from nnunetv2_hiendmae.benchmark.robustness import dice_by_organ
 from nnunetv2_hiendmae.benchmark.shifts import SHIFTS, UNCHANGED, Scan, Shift
 
 SPACING = (2.0, 2.0, 5.0)
@@ -40,7 +40,7 @@ def permuted(scan: Scan) -> Scan:
 def overlap(scan: Scan) -> float:
     """Dice of what is above -450 HU and the reference, on the reference's grid."""
     organ = sitk.Cast(scan.channels[0] > -450, sitk.sitkUInt8)
-    return dice_by_label(organ, scan.reference, ["1"], None)["1"]
+    return dice_by_organ(organ, scan.reference, {"body": 1}, None)["body"]
 
 
 @pytest.mark.parametrize("shift", SHIFTS, ids=[shift.name for shift in SHIFTS])

@@ -151,7 +151,7 @@ def add_scores(
 ) -> None:
     """Fill in the scores; the Dice of summary.json must be that of the predictions."""
     dataset = read_json(result.folder.parent / "dataset.json")
-    names = {str(tuple(v) if isinstance(v, list) else v): name for name, v in dataset["labels"].items()}
+    names = organ_names(dataset)
     labels = sorted(summary["mean"], key=list(names).index)
     file = result.folder / SURFACE_FILE
     if not is_archived(result.folder) and file.is_file() and last.get(SURFACE_FILE, now := file_sha256(file)) != now:
@@ -167,6 +167,11 @@ def add_scores(
             if not same(dice, None if scores["outcome"] == ABSENT else scores["dice"]):
                 result.problems.append(f"the Dice of {case}, label {key} in summary.json is not that of its prediction")
             result.scores.append(Score(case=case, organ=names[key], **scores))
+
+
+def organ_names(dataset: dict[str, Any]) -> dict[str, str]:
+    """Name of each label or region, by nnU-Net's key in summary.json."""
+    return {str(tuple(v) if isinstance(v, list) else v): name for name, v in dataset["labels"].items()}
 
 
 def case_name(entry: dict[str, Any], ending: str) -> str:

@@ -24,7 +24,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_hiendmae.benchmark.arms import fold_folder
-from nnunetv2_hiendmae.benchmark.collect import Result, check_record
+from nnunetv2_hiendmae.benchmark.collect import Result, check_record, organ_names
 from nnunetv2_hiendmae.benchmark.grid import Grid, Run
 from nnunetv2_hiendmae.benchmark.plan import write_text
 from nnunetv2_hiendmae.benchmark.record import FINAL, SUMMARY, file_sha256
@@ -43,7 +43,7 @@ FOLDER = "robustness"
 Files = dict[str, dict[str, Any]]
 """Case → ``images`` (a file a channel) and ``label``, as nnU-Net lists them."""
 Dice = dict[str, dict[str, dict[str, float]]]
-"""Shift → case → label (nnU-Net's key in summary.json) → Dice; 1 where reference and prediction both lack it."""
+"""Shift → case → organ → Dice; 1 where reference and prediction both lack it."""
 
 NOTE = (
     "Dice of the unchanged scans, and what is added to it when they are changed: mean over cases, paired by case over "
@@ -84,7 +84,7 @@ def robustness(grid: Grid, folder: Path) -> list[str]:
         for run in grid.runs()
         for score in scores_of(found.get(run.name, {}))
     ]
-    names = ["data set", "configuration", "fold", "labels", "seed", "arm", "change", "case", "label", "dice"]
+    names = ["data set", "configuration", "fold", "labels", "seed", "arm", "change", "case", "organ", "dice"]
     write_text(folder / "robustness_cases.csv", csv_text(names, cases))
     return failures
 
@@ -116,12 +116,18 @@ def measure(run: Run, fold: Path, device: torch.device, kept: Path) -> Dice:
     before = read_json(file, "Remove it.") if file.is_file() else {}
     dice: Dice = before["dice"] if before.get("digest") == digest else {}
     is_ct = channels_in_hu(fold, dataset)
+    names, (_, ending, ignore) = organ_names(dataset), reading(fold)
+    organs = {names[key]: key_to_label_or_region(key) for key in read_json(fold / SUMMARY)["mean"]}
     todo = [shift for shift in SHIFTS if shift.name not in dice and (any(is_ct) or not shift.needs_ct)]
     if todo:
         kept.mkdir(parents=True, exist_ok=True)
         predictor = predictor_of(fold, device)
         for shift in todo:
-            dice[shift.name] = {case: score(predictor, fold, files[case], case, is_ct, shift) for case in cases}
+            dice[shift.name] = {}
+            for case in cases:
+                scan = shift.apply(replace(read_scan(files[case], is_ct), seed=zlib.crc32(case.encode())))
+                prediction = predict(predictor, scan, case, ending)
+                dice[shift.name][case] = dice_by_organ(prediction, scan.reference, organs, ignore)
             write_json(file, {"digest": digest, "dice": dice})
             mean = fmean(fmean(organs.values()) for organs in dice[shift.name].values())
             print(f"{run.name}, {shift.name}: Dice {mean:.3f}", flush=True)
@@ -153,21 +159,15 @@ def predictor_of(fold: Path, device: torch.device) -> nnUNetPredictor:
     return predictor
 
 
-def score(
-    predictor: nnUNetPredictor, fold: Path, files: dict[str, Any], case: str, is_ct: tuple[bool, ...], shift: Shift
-) -> dict[str, float]:
-    """Dice by label of one changed case, predicted from files as a user's would be."""
-    scan = shift.apply(replace(read_scan(files, is_ct), seed=zlib.crc32(case.encode())))
-    _, ending, ignore = reading(fold)
+def predict(predictor: nnUNetPredictor, scan: Scan, case: str, ending: str) -> sitk.Image:
+    """The segmentation of one changed case, from files as a user's would be."""
     with tempfile.TemporaryDirectory() as temporary:
         images = [str(Path(temporary) / f"{case}_{i:04d}{ending}") for i in range(len(scan.channels))]
         for image, name in zip(scan.channels, images, strict=True):
             sitk.WriteImage(image, name)
         with redirect_stdout(io.StringIO()):
             predictor.predict_from_files_sequential([images], [str(Path(temporary) / case)])
-        prediction = sitk.ReadImage(str(Path(temporary) / f"{case}{ending}"))
-    labels = [key for key in read_json(fold / SUMMARY)["mean"] if key != "0"]
-    return dice_by_label(prediction, scan.reference, labels, ignore)
+        return sitk.ReadImage(str(Path(temporary) / f"{case}{ending}"))
 
 
 def read_scan(files: dict[str, Any], is_ct: tuple[bool, ...]) -> Scan:
@@ -183,28 +183,28 @@ def read_scan(files: dict[str, Any], is_ct: tuple[bool, ...]) -> Scan:
     return Scan(channels=channels, is_ct=is_ct, reference=reference)
 
 
-def dice_by_label(
-    prediction: sitk.Image, reference: sitk.Image, labels: list[str], ignore: int | None
+def dice_by_organ(
+    prediction: sitk.Image, reference: sitk.Image, organs: dict[str, int | tuple[int, ...]], ignore: int | None
 ) -> dict[str, float]:
     """On the reference's grid, by the rule of ``surface``: 1 where both lack the organ."""
     prediction = sitk.Resample(prediction, reference, sitk.Transform(), sitk.sitkNearestNeighbor)
     guess, truth = (sitk.GetArrayFromImage(image) for image in (prediction, reference))
     use = truth != ignore if ignore is not None else np.ones(truth.shape, bool)
     dice = {}
-    for key in labels:
-        masks = [region_or_label_to_mask(image, key_to_label_or_region(key)) & use for image in (truth, guess)]
+    for organ, label in organs.items():
+        masks = [region_or_label_to_mask(image, label) & use for image in (truth, guess)]
         tp, fp, fn, _ = compute_tp_fp_fn_tn(*masks)
-        dice[key] = float(2 * tp / (2 * tp + fp + fn)) if tp + fp + fn else 1.0
+        dice[organ] = float(2 * tp / (2 * tp + fp + fn)) if tp + fp + fn else 1.0
     return dice
 
 
 def scores_of(dice: Dice) -> list[list[str]]:
-    """Rows of change, case, label, Dice."""
+    """Rows of change, case, organ, Dice."""
     return [
-        [shift, case, label, repr(value)]
+        [shift, case, organ, repr(value)]
         for shift, of_case in dice.items()
-        for case, labels in of_case.items()
-        for label, value in labels.items()
+        for case, organs in of_case.items()
+        for organ, value in organs.items()
     ]
 
 
@@ -212,8 +212,8 @@ def case_dice(runs: list[Dice], shift: str) -> dict[str, float]:
     """Mean Dice of each case over its organs, then over the runs that have it."""
     found: dict[str, list[float]] = {}
     for run in runs:
-        for case, labels in run[shift].items():
-            found.setdefault(case, []).append(fmean(labels.values()))
+        for case, organs in run[shift].items():
+            found.setdefault(case, []).append(fmean(organs.values()))
     return {case: fmean(values) for case, values in found.items()}
 
 
