@@ -17,7 +17,7 @@ import base64
 from itertools import permutations, product
 
 import numpy as np
-from scipy.ndimage import gaussian_filter, map_coordinates, maximum_filter
+import scipy  # its ndimage is imported when it is first used: a quarter of a second, which most commands need not spend
 
 WINDOW_HU = (-175.0, 250.0)
 """What every preprocessed volume keeps; values beyond are not looked at."""
@@ -78,16 +78,22 @@ def fingerprint(hu: np.ndarray, spacing: tuple[float, ...]) -> Bits:
     It has fewer than 48 places where a scan is small or without structure; none, and it cannot be told from others.
     """
     volume = resample(hu, spacing)
-    contrast = np.abs(gaussian_filter(volume, 1.2, mode="nearest") - gaussian_filter(volume, 2.4, mode="nearest"))
-    peak = (contrast == maximum_filter(contrast, size=5, mode="nearest")) & (contrast > 1)  # 1 HU: not a flat area
+    contrast = np.abs(smoothed(volume, 1.2) - smoothed(volume, 2.4))
+    highest = scipy.ndimage.maximum_filter(contrast, size=5, mode="nearest")
+    peak = (contrast == highest) & (contrast > 1)  # 1 HU: not a flat area
     for axis in range(3):
         np.moveaxis(peak, axis, 0)[[0, -1]] = False
     found = np.argwhere(peak)
     found = found[np.argsort(-contrast[tuple(found.T)], kind="stable")[: 2 * PLACES]]
     spots = refine(contrast, found)[:, None] + SPOTS * (LATTICE_MM / GRID_MM)
-    smooth = gaussian_filter(volume, 1.0, mode="nearest")
-    values = map_coordinates(smooth, spots.reshape(-1, 3).T, order=1, mode="nearest").reshape(-1, len(SPOTS))
+    at = spots.reshape(-1, 3).T
+    values = scipy.ndimage.map_coordinates(smoothed(volume, 1.0), at, order=1, mode="nearest").reshape(-1, len(SPOTS))
     return distinct(packed(values[:, PAIRS[:, 0]] > values[:, PAIRS[:, 1]]))[:PLACES]
+
+
+def smoothed(volume: np.ndarray, sigma: float | np.ndarray) -> np.ndarray:
+    """By a Gaussian; ``sigma`` in voxels."""
+    return scipy.ndimage.gaussian_filter(volume, sigma, mode="nearest")
 
 
 def distinct(bits: Bits) -> Bits:
@@ -110,7 +116,7 @@ def resample(hu: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
     volume /= np.prod(blocks)
     mm = np.array(spacing) * blocks
     sigma = np.sqrt(np.maximum(SMOOTH_MM**2 - mm**2 / 12, 0.01)) / mm  # a block of width mm smooths already
-    volume = gaussian_filter(volume, sigma, mode="nearest")
+    volume = smoothed(volume, sigma)
     for axis, width in enumerate(mm):
         last = volume.shape[axis] - 1
         at = np.arange(int(last * width / GRID_MM) + 1) * GRID_MM / width

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from pretraining.config import ModelConfig
 from pretraining.device import synchronize
@@ -14,6 +13,8 @@ from pretraining.model import HiEndMAE
 
 def flops_per_crop(config: ModelConfig) -> float:
     """Multiply-adds × 2 of forward and backward: matrix products and attention, counted on shapes alone."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton: a third of a second of every command
+
     with torch.device("meta"):
         model = HiEndMAE(config)
         crop = torch.empty(1, config.in_channels, *config.img_size)

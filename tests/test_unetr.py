@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from nnunetv2_hiendmae.architectures import HiEndMAEUNETR, ViT, ViTConfig, interpolate_pos_embed, sincos_pos_embed
 from nnunetv2_hiendmae.architectures.unetr import SegHead
@@ -190,3 +191,18 @@ def test_odds_of_an_organ_at_the_start() -> None:
     assert torch.allclose(odds[:, 1:] / odds[:, :1], torch.tensor(0.02))
     head.expect_few(has_background=False)
     assert torch.allclose(head(nothing).sigmoid(), torch.tensor(0.02 / 1.02))
+
+
+def test_compiled_it_is_one_graph_for_each_use() -> None:
+    """Training, nnU-Net's validation step (no_grad) and prediction (inference mode): no break, no further compiling."""
+    counted = CompileCounter()
+    compiled = torch.compile(build(drop_path=0.1), backend=counted, fullgraph=True)
+    two, one = torch.rand(2, 1, 12, 12, 16), torch.rand(1, 1, 12, 12, 16)
+    for _ in range(2):
+        compiled.train()(two).mean().backward()
+        with torch.no_grad():
+            compiled.eval()(two)
+    with torch.inference_mode():
+        for _ in range(3):
+            compiled(one)
+    assert counted.frame_count == 3

@@ -10,7 +10,7 @@ from nnunetv2_hiendmae.checks import check_count
 from nnunetv2_hiendmae.command import CommandParser, run_command
 
 EXAMPLES = """Examples:
-  hiendmae_demo                    about five minutes on two CPU cores; open ./hiendmae_demo/index.html
+  hiendmae_demo                    three to five minutes on two CPU cores; open ./hiendmae_demo/index.html
   hiendmae_demo -i ct.nii.gz       the demo's networks on a CT of yours; runs the demo first if need be
 """
 
