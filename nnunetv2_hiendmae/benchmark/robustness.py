@@ -117,7 +117,7 @@ def measure(run: Run, fold: Path, device: torch.device, kept: Path) -> Dice:
     dice: Dice = before["dice"] if before.get("digest") == digest else {}
     is_ct = channels_in_hu(fold, dataset)
     names, (_, ending, ignore) = organ_names(dataset), reading(fold)
-    organs = {names[key]: key_to_label_or_region(key) for key in read_json(fold / SUMMARY)["mean"]}
+    organs = {names[key]: key_to_label_or_region(key) for key in read_json(fold / SUMMARY)["mean"] if key != "0"}
     todo = [shift for shift in SHIFTS if shift.name not in dice and (any(is_ct) or not shift.needs_ct)]
     if todo:
         kept.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def measure(run: Run, fold: Path, device: torch.device, kept: Path) -> Dice:
                 prediction = predict(predictor, scan, case, ending)
                 dice[shift.name][case] = dice_by_organ(prediction, scan.reference, organs, ignore)
             write_json(file, {"digest": digest, "dice": dice})
-            mean = fmean(fmean(organs.values()) for organs in dice[shift.name].values())
+            mean = fmean(fmean(scores.values()) for scores in dice[shift.name].values())
             print(f"{run.name}, {shift.name}: Dice {mean:.3f}", flush=True)
     return dice
 
