@@ -188,26 +188,26 @@ def test_other_cases(runs: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_script_runs_from_raw_data_to_the_reports(tmp_path: Path) -> None:
-    """run.sh itself on phantoms, with fewer steps, epochs, labels, label subsets and arms."""
+def test_the_script_runs_from_raw_data_to_the_report(tmp_path: Path) -> None:
+    """run.sh itself on phantoms, with fewer steps, epochs, labels and label subsets."""
     from pretraining.phantom import write_phantoms
 
     here, raw, work = (tmp_path / name for name in ("few_labels", "raw", "work"))
     for folder in (here, work):
         folder.mkdir()
-    write_phantoms(raw, "Dataset500_OpenKBPUnlabelled", num_training=3, num_test=0, seed=1, spacing=(6.0, 6.0, 6.0))
-    write_phantoms(raw, "Dataset501_OpenKBP", num_training=10, num_test=0, spacing=(6.0, 6.0, 6.0))
+    names = ("Dataset500_OpenKBPUnlabelled", "Dataset501_OpenKBP", "Dataset504_OpenKBPTest")
+    for seed, (name, cases) in enumerate(zip(names, (3, 3, 1), strict=True)):
+        write_phantoms(raw, name, num_training=cases, num_test=0, seed=10 * seed, spacing=(6.0, 6.0, 6.0))
+    for folder in ("imagesTr", "labelsTr"):  # phantoms are numbered; patients of two sets have different names
+        for file in (raw / names[2] / folder).iterdir():
+            file.rename(file.with_name(f"test_{file.name}"))
     script = (KEPT / "run.sh").read_text(encoding="utf-8")
-    for steps in ("4000", "10000"):
-        assert script.count(f" {steps}\n") == 2
-        script = script.replace(f" {steps}\n", " 2\n")
-    (here / "run.sh").write_text(script, encoding="utf-8")
-    small = {"labels": [1], "seeds": [0], "num_epochs": 1, "num_iterations_per_epoch": 2}
-    for file in KEPT.glob("grid*.json"):
-        grid = json.loads(file.read_text(encoding="utf-8"))
-        if file.name != "grid.json":  # it has every arm; the others run the same code
-            grid["arms"] = [grid["arms"][0], grid["arms"][-1]]
-        (here / file.name).write_text(json.dumps(grid | small), encoding="utf-8")
+    assert script.count("-steps 10000") == 1
+    (here / "run.sh").write_text(script.replace("-steps 10000", "-steps 2"), encoding="utf-8")
+    shutil.copy(KEPT / "study_data.py", here)
+    grid = read_json(KEPT / "grid_test_cpu.json")
+    grid |= {"labels": [1], "seeds": [0], "num_epochs": 1, "num_iterations_per_epoch": 2}
+    (here / "grid_test_cpu.json").write_text(json.dumps(grid), encoding="utf-8")
 
     env = os.environ | {f"nnUNet_{kind}": str(tmp_path / kind) for kind in ("raw", "preprocessed", "results")}
     env |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -218,19 +218,22 @@ def test_the_script_runs_from_raw_data_to_the_reports(tmp_path: Path) -> None:
         encoding="utf-8", check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
-    reports = sorted(work.glob("few_labels*/runs.csv"))
-    assert len(reports) == 3
-    for file in reports:
-        rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
-        assert [row["status"] for row in rows] == ["finished"] * len(rows) and len(rows) in (2, 4)
+    made = work / "few_labels_test_cpu"
+    rows = list(csv.DictReader((made / "runs.csv").read_text(encoding="utf-8").splitlines()))
+    assert [row["status"] for row in rows] == ["finished"] * 4
+    cases = {row["case"] for row in csv.DictReader((made / "cases.csv").read_text(encoding="utf-8").splitlines())}
+    assert len(cases) == 1 and next(iter(cases)).startswith("test_")
 
     kept = tmp_path / "kept"
     done = subprocess.run(
         [sys.executable, KEPT / "archive.py", work, kept], env=env, capture_output=True, encoding="utf-8", check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    for file in reports:
-        report = kept / file.parent.name.replace("few_labels", "report")
-        rows = csv.DictReader((report / "runs.csv").read_text(encoding="utf-8").splitlines())
-        assert {row["status"] for row in rows} == {"finished"}
-        assert (report / "dice.csv").read_bytes() == (file.parent / "dice.csv").read_bytes()
+    assert (kept / "report_test_cpu" / "dice.csv").read_bytes() == (made / "dice.csv").read_bytes()
+
+
+def test_both_recipes_can_be_planned() -> None:
+    """Grids that ``plan`` reads, with the same arms; the one for a GPU adds nnU-Net's largest U-Net."""
+    cpu, gpu = (read_grid(KEPT / f"grid_test_{kind}.json") for kind in ("cpu", "gpu"))
+    assert [arm.name for arm in gpu.arms] == [arm.name for arm in cpu.arms] + ["resenc_l"]
+    assert set(cpu.labels) < set(gpu.labels) and cpu.seeds == gpu.seeds == (0, 1, 2)

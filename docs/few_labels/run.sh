@@ -1,15 +1,22 @@
 #!/usr/bin/env bash
-# The comparison of docs/experiments.md, section 4, from raw data to the report, with today's start of the head. Two CPU cores:
-# ten hours or less, reckoned from its parts; in one go it was run on phantoms only, with fewer steps (by a test).
+# The comparison on test patients (docs/results.md), from raw data to the report: bash run.sh [cpu|gpu]
 #
-#   export nnUNet_raw=... nnUNet_preprocessed=... nnUNet_results=...     with Dataset500 and Dataset501 in nnUNet_raw
+#   export nnUNet_raw=... nnUNet_preprocessed=... nnUNet_results=...     with Dataset500, 501 and 504 in nnUNet_raw
 #   cd a folder to work in; bash .../docs/few_labels/run.sh
 #
-# Stopped, it goes on where it was when started again. Networks stay in nnUNet_results, the pre-trained
-# encoders in weights/; archive.py makes runs.tar.xz and report*/.
+# cpu: two cores, three hours. gpu: one GPU and 16 cores; never run on one, so its sizes are reckoned.
+# Stopped, it goes on where it was when started again. Encoders stay in weights/, networks in nnUNet_results.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-export OMP_WAIT_POLICY=PASSIVE # two processes share two cores
+kind=${1:-cpu}
+case $kind in
+  cpu) mm=5 device=cpu jobs=2 workers=1 plans=(ExperimentPlanner:nnUNet)
+    sizes="-preset nano -crop_size 24 24 24 -batch_size 8 -steps 10000 --no_augmentation" ;;
+  gpu) mm=3 device=cuda jobs=12 workers=6 plans=(ExperimentPlanner:nnUNet nnUNetPlannerResEncL:nnUNetResEncL)
+    sizes="-preset tiny -vit_patch_size 4 4 4 -crop_size 48 48 48 -batch_size 64 -steps 3000" ;;
+  *) echo "run.sh: '$kind' must be cpu or gpu" >&2 && exit 2 ;;
+esac
+export OMP_WAIT_POLICY=PASSIVE # several processes share the cores
 # glibc keeps what was freed instead of giving it back to the system and asking anew in every step
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
 
@@ -17,41 +24,45 @@ export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLO
 trap 'exit 130' INT TERM
 trap 'kill $(jobs -p) 2> /dev/null || true; wait' EXIT
 
-# 1. Data at 5 mm. nnU-Net's own planning and preprocessing for the labelled set.
-hiendmae_plan_and_preprocess -d 500 -spacing 5 5 5 -p HiEndMAE5mmPlans
-[ -e "$nnUNet_preprocessed"/Dataset501_OpenKBP/all_cases_at_5mm ] || {
-  nnUNetv2_plan_and_preprocess -d 501 -c 3d_fullres -overwrite_target_spacing 5 5 5 -overwrite_plans_name nnUNet5mmPlans
-  touch "$nnUNet_preprocessed"/Dataset501_OpenKBP/all_cases_at_5mm
-}
+# 1. Cases without labels, and a data set whose labels are drawn from 501 and whose test cases are 504. nnU-Net plans
+#    with 501 alone, so that no intensity of a test case is known.
+hiendmae_plan_and_preprocess -d 500 -spacing $mm $mm $mm -p "HiEndMAE${mm}mmPlans"
+[ -d "packed_$kind" ] || hiendmae_pack -d 500 -p "HiEndMAE${mm}mmPlans" -o "packed_$kind"
+study=$(python "$here/study_data.py")
+for planner in "${plans[@]}"; do
+  name=${planner#*:}${mm}mmPlans
+  [ -e "$study/$name.done" ] && continue
+  nnUNetv2_plan_and_preprocess -d 501 -c 3d_fullres -pl "${planner%:*}" --no_pp \
+    -overwrite_target_spacing $mm $mm $mm -overwrite_plans_name "$name"
+  nnUNetv2_move_plans_between_datasets -s 501 -t 505 -sp "$name" -tp "$name"
+  cp "$nnUNet_preprocessed"/Dataset501_OpenKBP/dataset_fingerprint.json "$study"
+  nnUNetv2_preprocess -d 505 -c 3d_fullres -plans_name "$name" -np 2
+  touch "$study/$name.done"
+done
 
-# 2. Two pre-trainings that differ in the decoder alone, and both for longer.
-pretrain() { # run name, decoder, steps
-  local run=$nnUNet_results/Dataset500_OpenKBPUnlabelled/HiEndMAE__HiEndMAE5mmPlans__3d_fullres/$1
-  [ -f "$run/checkpoint_final.pth" ] || hiendmae_pretrain -d 500 -p HiEndMAE5mmPlans -preset nano -device cpu -run "$1" \
-    -lr 1.5e-3 -warmup_steps "$(($3 / 100))" -weight_init published \
-    -decoder "$2" --no_augmentation -steps "$3" -val_every 250 -preview_epochs 0 -num_workers 1 -log_every 50 \
-    -num_gpus 2 $([ -f "$run/checkpoint_latest.pth" ] && echo --c)
-  mkdir -p weights && cp "$run/encoder_weights.pth" "weights/$1.pth"
-}
-pretrain hi hierarchical 4000
-pretrain mae self_attention 4000
-pretrain hi10k hierarchical 10000
-pretrain mae10k self_attention 10000
+# 2. Two pre-trainings that differ in the decoder alone, side by side.
+runs=$nnUNet_results/Dataset500_OpenKBPUnlabelled/HiEndMAE__packed_${kind}__packed
+for pair in hi:hierarchical mae:self_attention; do
+  run=${pair%:*}_$kind
+  if [ ! -f "$runs/$run/checkpoint_final.pth" ]; then
+    OMP_NUM_THREADS=1 hiendmae_pretrain -packed "packed_$kind" $sizes -device $device -run "$run" -decoder "${pair#*:}" \
+      -seed 1 -val_every 500 -log_every 100 -preview_epochs 0 -num_workers $workers \
+      $([ -f "$runs/$run/checkpoint_latest.pth" ] && echo --c) &
+  fi
+done
+wait
+mkdir -p weights
+for name in hi mae; do
+  [ -f "$runs/${name}_$kind/checkpoint_final.pth" ] # else the pre-training failed
+  cp "$runs/${name}_$kind/encoder_weights.pth" weights/$name.pth
+done
 
-# 3. 4 arms × 1, 4, 16 labels × 3 label subsets; 4 arms × 4 labels × 3 subsets for three times as long; and so long,
-#    with augmentation and the longer pre-trainings, 5 arms × 1, 4 labels × 3 subsets. Two trainings at a time.
-#    The reports name what failed or is missing, and the script then ends with 1.
+# 3. Every arm with every label budget and subset, several trainings at a time. The report names what failed or is
+#    missing, and the script then ends with 1.
 export OMP_NUM_THREADS=1 nnUNet_def_n_proc=1 nnUNet_n_proc_DA=0 # only from here on: nnU-Net's planning refuses 0
-compare() { # folder, grid
-  hiendmae_benchmark plan -o "$1" -grid "$here/$2"
-  for part in 0 1; do
-    hiendmae_benchmark run -o "$1" -part_id "$part" -num_parts 2 &
-  done
-  wait
-  hiendmae_benchmark report -o "$1" || failed=1
-}
-failed=0
-compare few_labels grid.json
-compare few_labels_long grid_long.json
-compare few_labels_augmented grid_augmented.json
-exit "$failed"
+hiendmae_benchmark plan -o "few_labels_test_$kind" -grid "$here/grid_test_$kind.json"
+for ((part = 0; part < jobs; part++)); do
+  hiendmae_benchmark run -o "few_labels_test_$kind" -part_id $part -num_parts $jobs &
+done
+wait
+hiendmae_benchmark report -o "few_labels_test_$kind"
