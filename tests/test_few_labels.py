@@ -1,4 +1,4 @@
-"""The comparison of docs/experiments.md, section 4: its reports follow from the archived run folders."""
+"""The few-label comparisons: their reports follow from the archived run folders, and run.sh makes the last."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
+from conftest import shared_folder
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
@@ -38,15 +41,23 @@ from archive import (  # noqa: E402 - a script beside the reports
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``results``, ``preprocessed`` and ``report*`` of the archive."""
+    """``results``, ``preprocessed`` and ``report*`` of the archive of the comparisons on development cases."""
     folder = tmp_path_factory.mktemp("runs")
     read_archive(KEPT / ARCHIVE, folder)
     return folder
 
 
+@pytest.fixture(scope="module")
+def tested(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of the comparison on test cases, with predictions."""
+    folder = tmp_path_factory.mktemp("tested")
+    read_archive(KEPT / "test" / ARCHIVE, folder)
+    return folder
+
+
 def made(work: Path, grid: str = "grid.json", kept: str = "report") -> Path:
     """A folder as ``run.sh`` leaves it, with what the kept report had seen."""
-    folder = work / kept.replace("report", "few_labels")
+    folder = work / Path(kept).name.replace("report", "few_labels")
     folder.mkdir()
     shutil.copy(KEPT / grid, folder / "grid.json")
     shutil.copy(KEPT / kept / "provenance.json", folder)
@@ -59,12 +70,17 @@ LONGER = [
 ]
 
 
-@pytest.mark.parametrize(("grid", "kept"), [("grid.json", "report"), *LONGER])
-def test_report_follows_from_the_kept_runs(grid: str, kept: str, runs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("grid", "kept"), [("grid.json", "report"), ("grid_test_cpu.json", "test/report_test_cpu"), *LONGER]
+)
+def test_report_follows_from_the_kept_runs(
+    grid: str, kept: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    runs = request.getfixturevalue("tested" if kept.startswith("test/") else "runs")
     out, again = tmp_path / "out", tmp_path / "again"
     done = report_again(runs, made(tmp_path, grid, kept), out)
     assert done.returncode == 0, done.stderr
-    assert (out / "cases.csv").read_bytes() == (runs / kept / "cases.csv").read_bytes()
+    assert (out / "cases.csv").read_bytes() == (runs / Path(kept).name / "cases.csv").read_bytes()
     keep_report(out, again)
     files = {file.name: file for file in (KEPT / kept).iterdir() if file.name != "other_cases.txt"}
     assert {file.name for file in again.iterdir()} == set(files) and len(files) > 8
@@ -85,6 +101,34 @@ def test_archive_is_made_again_from_what_is_in_it(runs: Path, tmp_path: Path, mo
     write_archive(files, tmp_path / ARCHIVE)
     again, kept = (lzma.decompress((folder / ARCHIVE).read_bytes()) for folder in (tmp_path, KEPT))
     assert again == kept
+
+
+def test_kept_predictions_have_the_dice_of_the_report(tested: Path) -> None:
+    """Counted anew, voxel by voxel, for every network, test case and organ."""
+    labels = shared_folder() / "data" / "Dataset504_OpenKBPTest"
+    organs = {name: label for name, label in read_json(labels / "dataset.json")["labels"].items() if label}
+    references = {f.name.removesuffix(".nii.gz"): voxels(f) for f in (labels / "labelsTr").glob("*.nii.gz")}
+    grid = read_grid(KEPT / "grid_test_cpu.json")
+    entries = read_json(tested / "preprocessed" / grid.datasets[0] / "hiendmae_label_budgets.json")
+    index = {(str(e["cases"]), str(e["seed"])): e["index"] for e in entries}
+    trainers = {arm.name: f"{arm.trainer}__{plans_name(grid, arm)}" for arm in grid.arms}
+    counted = {}
+    with (tested / "report_test_cpu" / "cases.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            fold = f"fold_{index[row['labels'], row['seed']]}"
+            folder = tested / "predictions" / grid.datasets[0] / f"{trainers[row['arm']]}__3d_fullres" / fold
+            prediction = folder / "validation" / f"{row['case']}.nii"
+            if prediction not in counted:
+                counted[prediction] = voxels(prediction)
+            ours, theirs = (a == organs[row["organ"]] for a in (counted[prediction], references[row["case"]]))
+            assert float(row["dice"]) == pytest.approx(2 * (ours & theirs).sum() / (ours.sum() + theirs.sum()))
+    assert len(references) == 16 and set(counted) == set(tested.glob("predictions/*/*/*/validation/*.nii"))
+
+
+def voxels(file: Path) -> np.ndarray:
+    """The labels of a volume."""
+    array: np.ndarray = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+    return array
 
 
 @pytest.mark.parametrize(("grid", "augmented"), [("grid", False), ("grid_long", False), ("grid_augmented", True)])

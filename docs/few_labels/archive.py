@@ -1,8 +1,8 @@
 """Keep the comparison of ``run.sh`` in little space: ``python archive.py WORK TARGET``, WORK being where it ran.
 
-``TARGET/runs.tar.xz`` gets the run folders with predictions, and plans, that the reports are made from, without data and
-networks, and the table of single cases of each report. ``TARGET/report*`` get the reports that follow from it, with
-one figure each. The same runs give the same bytes.
+``TARGET/runs.tar.xz`` gets the run folders and plans that the reports are made from, the predictions, and the table of
+single cases of each report; no data, no networks. ``TARGET/report*`` get the reports that follow from it, with one
+figure each. The same runs give the same bytes.
 """
 
 from __future__ import annotations
@@ -40,15 +40,17 @@ def run_files(grid: Grid) -> Iterator[tuple[str, Path]]:
             continue
         model = [folder.parent / name for name in ("dataset.json", "plans.json")]
         logs = (*folder.glob("*.json"), *folder.glob("training_log_*.txt"), folder / SUMMARY)
-        for file in (*logs, *model, *(folder / SUMMARY).parent.glob("*.nii.gz")):
-            yield f"results/{file.relative_to(results_folder()).as_posix()}".removesuffix(".gz"), file
+        for file in (*logs, *model):
+            yield f"results/{file.relative_to(results_folder()).as_posix()}", file
+        for file in folder.glob("validation/*.nii.gz"):  # apart: a report would measure them anew, without references
+            yield f"predictions/{file.relative_to(results_folder()).as_posix()}".removesuffix(".gz"), file
         shared = [data / name for name in ("dataset.json", "splits_final.json", "hiendmae_label_budgets.json")]
         for file in (plans_file(grid, run), *shared):
             yield f"preprocessed/{run.dataset}/{file.name}", file
 
 
 def write_archive(files: dict[str, Path], target: Path) -> None:
-    """A tar.xz of files by their names in it, without dates and owners; .nii.gz as .nii, which takes less space there."""
+    """A tar.xz of files by their names in it, without dates and owners; .nii.gz as .nii, which takes less space."""
     preset = 9 | lzma.PRESET_EXTREME
     with lzma.open(target, "wb", preset=preset) as out, tarfile.open(fileobj=out, mode="w") as tar:
         for name in sorted(files):
@@ -61,7 +63,7 @@ def write_archive(files: dict[str, Path], target: Path) -> None:
 
 
 def read_archive(file: Path, folder: Path) -> None:
-    """Unpack ``results``, ``preprocessed`` and ``report*``."""
+    """Unpack ``results``, ``predictions``, ``preprocessed`` and ``report*``."""
     with tarfile.open(file) as tar:
         tar.extractall(folder, filter="data")
 

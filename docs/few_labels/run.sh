@@ -27,7 +27,7 @@ trap 'kill $(jobs -p) 2> /dev/null || true; wait' EXIT
 # 1. Cases without labels, and a data set whose labels are drawn from 501 and whose test cases are 504. nnU-Net plans
 #    with 501 alone, so that no intensity of a test case is known.
 hiendmae_plan_and_preprocess -d 500 -spacing $mm $mm $mm -p "HiEndMAE${mm}mmPlans"
-[ -d "packed_$kind" ] || hiendmae_pack -d 500 -p "HiEndMAE${mm}mmPlans" -o "packed_$kind"
+hiendmae_pack -d 500 -p "HiEndMAE${mm}mmPlans" -o "packed_$kind"
 study=$(python "$here/study_data.py")
 for planner in "${plans[@]}"; do
   name=${planner#*:}${mm}mmPlans
@@ -41,7 +41,7 @@ for planner in "${plans[@]}"; do
 done
 
 # 2. Two pre-trainings that differ in the decoder alone, side by side.
-runs=$nnUNet_results/Dataset500_OpenKBPUnlabelled/HiEndMAE__packed_${kind}__packed
+runs=$nnUNet_results/Dataset500_OpenKBPUnlabelled/HiEndMAE__packed__packed_$kind
 for pair in hi:hierarchical mae:self_attention; do
   run=${pair%:*}_$kind
   if [ ! -f "$runs/$run/checkpoint_final.pth" ]; then
@@ -53,7 +53,7 @@ done
 wait
 mkdir -p weights
 for name in hi mae; do
-  [ -f "$runs/${name}_$kind/checkpoint_final.pth" ] # else the pre-training failed
+  [ -f "$runs/${name}_$kind/checkpoint_final.pth" ] || { echo "run.sh: pre-training $name did not finish" >&2; exit 1; }
   cp "$runs/${name}_$kind/encoder_weights.pth" weights/$name.pth
 done
 
