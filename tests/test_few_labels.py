@@ -21,6 +21,7 @@ from torch import nn
 
 from nnunetv2_hiendmae.benchmark.arms import plans_name, trainer_class
 from nnunetv2_hiendmae.benchmark.grid import read_grid
+from nnunetv2_hiendmae.benchmark.overlap import OVERLAP_FILE
 from nnunetv2_hiendmae.benchmark.record import FINAL, count_parameters
 from nnunetv2_hiendmae.files import read_json
 from nnunetv2_hiendmae.nnunet.padding import PadWithAir
@@ -60,7 +61,8 @@ def made(work: Path, grid: str = "grid.json", kept: str = "report") -> Path:
     folder = work / Path(kept).name.replace("report", "few_labels")
     folder.mkdir()
     shutil.copy(KEPT / grid, folder / "grid.json")
-    shutil.copy(KEPT / kept / "provenance.json", folder)
+    for file in (KEPT / kept / "provenance.json", *(KEPT / kept).glob(OVERLAP_FILE)):
+        shutil.copy(file, folder)
     return folder
 
 

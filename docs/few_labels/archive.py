@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 
 from nnunetv2_hiendmae.benchmark.arms import fold_folder, plans_file
 from nnunetv2_hiendmae.benchmark.grid import Grid, read_grid
+from nnunetv2_hiendmae.benchmark.overlap import OVERLAP_FILE
 from nnunetv2_hiendmae.benchmark.record import SUMMARY
 from nnunetv2_hiendmae.benchmark.run import state_of
 from nnunetv2_hiendmae.command import CommandParser
@@ -71,8 +72,8 @@ def read_archive(file: Path, folder: Path) -> None:
 def report_again(unpacked: Path, made: Path, out: Path) -> subprocess.CompletedProcess[str]:
     """The report of the runs in ``unpacked``, with the grid of the one that was ``made`` and what that had seen."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("grid.json", "provenance.json"):
-        shutil.copy(made / name, out)
+    for file in (made / "grid.json", made / "provenance.json", *made.glob(OVERLAP_FILE)):
+        shutil.copy(file, out)
     env = os.environ | {f"nnUNet_{name}": str(unpacked / name) for name in ("raw", "preprocessed", "results")}
     command = [Path(sys.executable).with_name("hiendmae_benchmark"), "report", "-o", out]
     return subprocess.run(command, env=env, capture_output=True, encoding="utf-8", check=False)
@@ -82,7 +83,7 @@ def keep_report(made: Path, target: Path) -> None:
     """The report without its pages of HTML, single cases and all figures but one; ``report.md`` shows that one."""
     target.mkdir(parents=True, exist_ok=True)
     tables = [file for file in made.glob("*.csv") if file.name != CASES]
-    for file in (*tables, *made.glob(f"{FIGURE}*.svg"), made / "provenance.json"):
+    for file in (*tables, *made.glob(f"{FIGURE}*.svg"), *made.glob(OVERLAP_FILE), made / "provenance.json"):
         shutil.copy(file, target)
     lines = (made / "report.md").read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if not line.startswith("![") or f"]({FIGURE}" in line]
