@@ -4,7 +4,8 @@
 #   export nnUNet_raw=... nnUNet_preprocessed=... nnUNet_results=...     with Dataset500, 501 and 504 in nnUNet_raw
 #   cd a folder to work in; bash .../docs/few_labels/run.sh
 #
-# cpu: two cores, two and a half hours. gpu: one GPU and 16 cores; never run on one, so its sizes are reckoned.
+# cpu: two cores, two and a half hours (the sum of its parts; in one go it ran on phantoms, by a test).
+# gpu: one GPU and 16 cores; never run on one, so its sizes are reckoned.
 # Stopped, it goes on where it was when started again. Encoders stay in weights/, networks in nnUNet_results.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

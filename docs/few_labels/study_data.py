@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 LABELLED, TEST, STUDY = "Dataset501_OpenKBP", "Dataset504_OpenKBPTest", "Dataset505_OpenKBPStudy"
@@ -23,6 +24,8 @@ def main() -> None:
                 if not link.exists():
                     link.symlink_to(file)
         cases[source] = sorted(f.name.removesuffix(".nii.gz") for f in (raw / source / "labelsTr").glob("*.nii.gz"))
+        if not cases[source]:
+            sys.exit(f"study_data.py: {raw / source} has no labelsTr/*.nii.gz; copy the data set there.")
     description = json.loads((raw / LABELLED / "dataset.json").read_text(encoding="utf-8"))
     description["numTraining"] = sum(map(len, cases.values()))
     (preprocessed / STUDY).mkdir(parents=True, exist_ok=True)
