@@ -61,7 +61,7 @@ done
 # 3. Every arm with every label budget and subset, several trainings at a time. The report names what failed or is
 #    missing, and the script then ends with 1.
 export OMP_NUM_THREADS=1 nnUNet_def_n_proc=1 nnUNet_n_proc_DA=0 # only from here on: nnU-Net's planning refuses 0
-export nnUNet_compile=f # takes longer than these trainings gain from it
+export nnUNet_compile=f # compiling can take as long as these trainings (docs/experiments.md, section 5)
 hiendmae_benchmark plan -o "few_labels_test_$kind" -grid "$here/grid_test_$kind.json"
 for ((part = 0; part < jobs; part++)); do
   hiendmae_benchmark run -o "few_labels_test_$kind" -part_id $part -num_parts $jobs &
