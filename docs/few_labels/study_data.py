@@ -10,6 +10,8 @@ import os
 import sys
 from pathlib import Path
 
+from nnunetv2_hiendmae.benchmark.splits import write_json
+
 LABELLED, TEST, STUDY = "Dataset501_OpenKBP", "Dataset504_OpenKBPTest", "Dataset505_OpenKBPStudy"
 
 
@@ -30,10 +32,10 @@ def main() -> None:
     description["numTraining"] = sum(map(len, cases.values()))
     (preprocessed / STUDY).mkdir(parents=True, exist_ok=True)
     for folder in (raw / STUDY, preprocessed / STUDY):
-        (folder / "dataset.json").write_text(json.dumps(description, indent=4), encoding="utf-8")
+        write_json(folder / "dataset.json", description)
     splits = preprocessed / STUDY / "splits_final.json"
     if not splits.exists():  # the benchmark appends label budgets
-        splits.write_text(json.dumps([{"train": cases[LABELLED], "val": cases[TEST]}], indent=4), encoding="utf-8")
+        write_json(splits, [{"train": cases[LABELLED], "val": cases[TEST]}])
     print(preprocessed / STUDY)
 
 

@@ -7,6 +7,7 @@ A packed folder holds ``index.npz`` and ``index.json`` (all cases of all data se
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -77,7 +78,7 @@ class PackedCorpus:
             "window_hu": self.window,
             "packed_bits": self.bits,
         }
-        self._shards: OrderedDict[Path, np.ndarray] = OrderedDict()
+        self._shards: OrderedDict[tuple[int, str], np.ndarray] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         """Mapped files do not travel to loader processes."""
@@ -117,27 +118,28 @@ class PackedCorpus:
         return self._intensity
 
     def body_cells(self, case: int) -> np.ndarray:
-        cells = self._map(shard_file(self.folder, int(self.index["shard"][case]), "body.npy"))
+        cells = self._map(int(self.index["shard"][case]), "body.npy")
         start, count = int(self.index["body_start"][case]), int(self.index["body_count"][case])
         return cells[start : start + count]
 
     def volume(self, case: int) -> np.ndarray:
         """The case's ``(C, H, W, D)`` quantised voxels, mapped."""
-        file = shard_file(self.folder, int(self.index["shard"][case]), "voxels")
-        voxels = self._map(file)
+        shard, start = int(self.index["shard"][case]), int(self.index["voxel_start"][case])
+        voxels = self._map(shard, "voxels")
         shape = (self.in_channels, *self.shape(case))
-        start = int(self.index["voxel_start"][case])
-        end = start + int(np.prod(shape))
+        end = start + math.prod(shape)
         if end > len(voxels):
+            file = shard_file(self.folder, shard, "voxels")
             raise ValueError(f"{file} is cut off. Check with 'hiendmae_pack --verify'; pack again.")
         return voxels[start:end].reshape(shape)
 
     def read(self, case: int, start: Size, size: Size) -> np.ndarray:
         return read_padded(self.volume(case), start, size, self.air[self.index["dataset"][case]])
 
-    def _map(self, file: Path) -> Any:
+    def _map(self, shard: int, kind: str) -> Any:
         """Copy-on-write map: torch wants writable memory, the file is never written."""
-        if file not in self._shards:
+        if (shard, kind) not in self._shards:
+            file = shard_file(self.folder, shard, kind)
             try:
                 if file.suffix == ".npy":
                     mapped = np.asarray(np.load(file, mmap_mode="c", allow_pickle=False))
@@ -145,5 +147,5 @@ class PackedCorpus:
                     mapped = np.asarray(np.memmap(file, DTYPES[self.bits], mode="c"))
             except (OSError, EOFError, ValueError) as error:
                 raise ValueError(f"Cannot read {file} ({error}). Check with 'hiendmae_pack --verify'.") from None
-            remember(self._shards, file, mapped, 2 * OPEN_SHARDS)
-        return self._shards[file]
+            remember(self._shards, (shard, kind), mapped, 2 * OPEN_SHARDS)
+        return self._shards[shard, kind]
