@@ -124,3 +124,18 @@ def test_reconstruction_pastes_and_denormalises() -> None:
     every = torch.cat([torch.zeros(2, config.num_visible + 1, config.patch_dim), masked], dim=1)
     model.forward_decoder = lambda *_, **__: every  # type: ignore[method-assign, assignment]
     torch.testing.assert_close(reconstruct(model, x, ids)[1], x, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_compiled_it_trains_the_same(world: World) -> None:
+    """And where torch cannot compile, the error names the flag."""
+    small = "hiendmae_pretrain -d 901 -preset pico -device cpu -batch_size 2 -crop_size 16 16 16 -num_workers 0"
+    losses = []
+    for run, flag in (("eager", ""), ("compiled", "--compile")):
+        world.run(f"{small} -steps 4 -log_every 1 -run {run} {flag}")
+        lines = (folder(world, run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        losses.append([entry["loss"] for entry in map(json.loads, lines) if "loss" in entry])
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=1e-5)
+    no_compiler = {"CXX": "/nonexistent", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    log = world.run(f"{small} -steps 4 -run without --compile", ok=False, **no_compiler)
+    assert "error: --compile: torch cannot compile" in log
