@@ -58,7 +58,7 @@ def verdict(error: BaseException, again: str) -> tuple[int, str]:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in text:
         return 1, "error: the memory is full; use less at a time (see the flags, -h)"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return 1, f"error: --compile: torch cannot compile the model here ({str(error).splitlines()[0]}); leave it out"
+        return 1, f"error: --compile: torch cannot compile the model here ({text.split(' Set TORCH')[0]}); leave it out"
     if isinstance(error, ValueError):
         # What a loader process met is in the data, not in a flag.
         return (1 if "in DataLoader worker" in str(error) else 2), f"error: {text}"
