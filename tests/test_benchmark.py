@@ -45,9 +45,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, Path]:
     said = world.run(PLAN.format(out=out))
     assert "2 runs in" in said and "1 new splits for label budgets" in said
     grid = json.loads((out / "grid.json").read_text(encoding="utf-8"))
-    grid["arms"][1]["settings"] = {"architecture": TINY, "feature_size": 4}
+    grid["arms"][1] |= {"settings": {"architecture": TINY, "feature_size": 4}, "num_epochs": 2}
     (out / "grid.json").write_text(json.dumps(grid))
-    assert "0 new splits" in world.run(f"hiendmae_benchmark plan -o {out} -grid {out}/grid.json")
+    said = world.run(f"hiendmae_benchmark plan -o {out} -grid {out}/grid.json")
+    assert "0 new splits" in said and "but scratch: num_epochs=2" in said
     world.run(f"hiendmae_benchmark run -o {out} -part_id 0 -num_parts 2")
     return world, out
 
@@ -96,6 +97,7 @@ def test_finished_report(bench: tuple[World, Path]) -> None:
             assert all(value in text and f">{html.escape(value)}<" in page for value in row if value)
     record = json.loads((folders["scratch"] / "hiendmae_run.json").read_text(encoding="utf-8"))
     assert record["parameters"] > 10_000 and record["seconds_per_volume"] > 0 and record["peak_memory_mb"] > 100
+    assert "| num_epochs | 1 | 2 | differs |" in text
     assert "| augmentation |" in text and re.search(r"\| augmentation \| (\w+) \| \1 \| same \|", text)
     before = {file.name: file.read_bytes() for file in out.glob("*.*")}
     for pattern in ("*.csv", "*.svg", "report.*", "provenance.json"):
@@ -246,8 +248,8 @@ def test_plain_runs_of_other_plans_are_noticed(bench: tuple[World, Path]) -> Non
         assert json.loads(record.read_text(encoding="utf-8"))["versions"] == {}  # nobody knows
         debug = record.with_name("debug.json")
         told = debug.read_text(encoding="utf-8")
-        debug.write_text(told.replace('"num_epochs": "1"', '"num_epochs": "7"'), encoding="utf-8")
-        assert "it was made with num_epochs=7, the grid has 1" in report(bench, ok=False)
+        debug.write_text(told.replace('"num_epochs": "2"', '"num_epochs": "7"'), encoding="utf-8")
+        assert "it was made with num_epochs=7, the grid has 2" in report(bench, ok=False)
         debug.write_text(told, encoding="utf-8")
     finally:
         record.write_bytes(recorded)

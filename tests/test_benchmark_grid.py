@@ -44,6 +44,7 @@ def test_runs_are_the_product_with_arms_innermost() -> None:
         ({"arms": (ARMS[0], ARMS[0])}, "need different names"),
         ({"name": "a__b"}, "Grid name 'a__b' must be"),
         ({"num_epochs": 0}, "num_epochs=0 must be an integer"),
+        ({"arms": (replace(ARMS[0], num_epochs=0),)}, "num_epochs=0 must be an integer"),
         ({"folds": (-1,)}, "folds=-1 must be at least 0"),
         ({"device": "gpu"}, "must be cuda, cpu or mps"),
     ],
@@ -57,7 +58,7 @@ def test_grid_refused(change: dict, message: str) -> None:
     ("values", "message"),
     [
         ({"name": "a b"}, "Arm name 'a b'"),
-        ({"settings": {"num_epochs": 3}}, "every arm has the same budget"),
+        ({"settings": {"num_epochs": 3}}, "belong to the grid, not to settings"),
         ({"settings": {"epochs": 3}}, r"unknown settings \['epochs'\]"),
     ],
 )

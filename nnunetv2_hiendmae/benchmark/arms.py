@@ -122,7 +122,7 @@ def trainer_class(name: str) -> type[nnUNetTrainer]:
 
 def plans_name(grid: Grid, arm: Arm) -> str:
     """Plans that an arm trains under: its own, or those that ``write_plans`` makes of them."""
-    changes = grid.budget or grid.patch_size or grid.batch_size or arm.settings or arm.weights
+    changes = grid.budget_of(arm) or grid.patch_size or grid.batch_size or arm.settings or arm.weights
     return f"{arm.plans}_{grid.name}_{arm.name}" if changes else arm.plans
 
 
@@ -158,7 +158,7 @@ def write_plans(grid: Grid, dataset: str, arm: Arm) -> Path:
     target = folder / f"{name}.json"
     if target == source:
         return source
-    settings = {**grid.budget, **arm.settings}
+    settings = {**grid.budget_of(arm), **arm.settings}
     if needs_block(arm):
         weights = load_weights(str(arm.weights))
         settings |= {"weights": str(weights.path.absolute()), "weights_sha256": weights.sha256}

@@ -112,7 +112,7 @@ def check_budget(grid: Grid, result: Result) -> None:
     file = result.folder / "debug.json"
     debug = read_json(file) if file.is_file() else {}
     for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch"):
-        wanted = grid.budget.get(name)
+        wanted = grid.budget_of(result.run.arm).get(name)
         if wanted is not None and str(debug.get(name, wanted)) != str(wanted):
             result.problems.append(f"it was made with {name}={debug[name]}, the grid has {wanted}")
 

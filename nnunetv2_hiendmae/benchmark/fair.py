@@ -85,10 +85,11 @@ def check_fair(grid: Grid) -> None:
     for arm in grid.arms:
         cls = trainer_class(arm.trainer)
         ours = issubclass(cls, nnUNetTrainerHiEndMAE)
-        if grid.budget and not getattr(cls, "reads_budget", False):
+        budget = grid.budget_of(arm)
+        if budget and not getattr(cls, "reads_budget", False):
             twins = {trainer: budgeted for _, trainer, budgeted, _ in DEFAULTS + PRIMUS}
             raise ValueError(
-                f"Arm {arm.name}: {arm.trainer} does not read the budget of the grid ({', '.join(grid.budget)}). Name "
+                f"Arm {arm.name}: {arm.trainer} does not read the budget of the grid ({', '.join(budget)}). Name "
                 f"{twins.get(arm.trainer, 'a trainer that does (nnUNetTrainerBudget)')} as its trainer, or leave the "
                 f"budget out."
             )
@@ -99,5 +100,5 @@ def check_fair(grid: Grid) -> None:
         other = models.setdefault(json.dumps({**asdict(arm), "name": None}, sort_keys=True), arm.name)
         if other != arm.name:
             raise ValueError(f"The arms {other} and {arm.name} are the same; take one out of the grid.")
-    if "2d" in grid.configurations and (grid.budget or grid.patch_size or grid.batch_size):
+    if "2d" in grid.configurations and (any(map(grid.budget_of, grid.arms)) or grid.patch_size or grid.batch_size):
         raise ValueError("A budget or sizes cannot be given to the 2d configuration; leave one or the other out.")

@@ -33,6 +33,8 @@ class Arm:
     """Weights file of a Hi-End-MAE arm; None leaves the search to the trainer."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Further keys of the plans' ``hiendmae`` block, without those of the budget."""
+    num_epochs: int | None = None
+    """Of this arm alone, for a comparison at equal time. None: the grid's."""
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -41,7 +43,7 @@ class Arm:
         if unknown:
             raise ValueError(f"Arm {self.name}: unknown settings {sorted(unknown)}; see 'hiendmae_plan -h'.")
         if set(self.settings) & set(BUDGET):
-            raise ValueError(f"Arm {self.name}: {', '.join(BUDGET)} belong to the grid; every arm has the same budget.")
+            raise ValueError(f"Arm {self.name}: {', '.join(BUDGET)} belong to the grid, not to settings.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,12 +122,17 @@ class Grid:
             check_count("seeds", seed, 0)
         if self.batch_size is not None:
             check_count("batch_size", self.batch_size)
-        FineTuneSettings(**self.budget)
+        for arm in self.arms:
+            FineTuneSettings(**self.budget_of(arm))
 
     @property
     def budget(self) -> dict[str, Any]:
         """The budget's settings that are given."""
         return {name: getattr(self, name) for name in BUDGET if getattr(self, name) is not None}
+
+    def budget_of(self, arm: Arm) -> dict[str, Any]:
+        """The budget's settings that are given for one arm."""
+        return self.budget | ({} if arm.num_epochs is None else {"num_epochs": arm.num_epochs})
 
     def runs(self) -> list[Run]:
         """Every run, arms innermost, so that an interrupted benchmark has whole comparisons."""

@@ -102,4 +102,6 @@ def differences_text(grid: Grid) -> str:
                     lines.append(f"  differs: {name}")
                     lines += [f"    {arm:<14} {value}" for arm, value in values.items()]
     budget = ", ".join(f"{name}={value}" for name, value in grid.budget.items()) or "each trainer's own"
-    return "\n".join([*lines, f"budget of every arm: {budget}"])
+    lines.append(f"budget of every arm: {budget}")
+    lines += [f"  but {a.name}: num_epochs={a.num_epochs}" for a in grid.arms if a.num_epochs is not None]
+    return "\n".join(lines)
