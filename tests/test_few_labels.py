@@ -39,6 +39,7 @@ from archive import (  # noqa: E402 - a script beside the reports
     run_files,
     write_archive,
 )
+from second_region import auc, dice, ellipsoid, measure  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +207,24 @@ def test_networks_of_the_kept_plans_have_the_recorded_numbers(runs: Path) -> Non
         model = record.parents[1]
         map_of_intensities = 3 if "HiEndMAE" in model.name else 0  # was saved with the weights then
         assert read_json(record)["parameters"] == counted[model] + map_of_intensities, record
+
+
+def test_figures_of_the_second_region(tmp_path: Path) -> None:
+    """Of a tumour that is the ellipsoid itself, and of real ones, which lie 51 mm from every side."""
+    tumour = ellipsoid((40, 70, 60), np.array([4.0, 2.0, 3.0]), 50)
+    assert dice(tumour, tumour) == 1 and dice(tumour, ~tumour) == 0
+    assert [auc(np.array(a), np.array([1, 2, 3, 4])) for a in ([9], [2], [0])] == [1, 0.375, 0]
+    hu = np.where(tumour, 60, 20).astype(np.int16)
+    for name, array in (("image", hu), ("label", tumour.astype(np.uint8))):
+        volume = sitk.GetImageFromArray(array)
+        volume.SetSpacing((3.0, 2.0, 4.0))
+        sitk.WriteImage(volume, tmp_path / f"{name}.nii.gz")
+    made = measure(tmp_path / "image.nii.gz", tmp_path / "label.nii.gz")
+    assert made["dice"] == made["auc"] == 1 and (made["margins"] - 50 < 4).all() and (made["margins"] >= 50).all()
+    data = shared_folder() / "data" / "Dataset502_Sarcoma"
+    for case in ("sts_008", "sts_010"):
+        real = measure(data / "imagesTr" / f"{case}_0000.nii.gz", data / "labelsTr" / f"{case}.nii.gz")
+        assert (abs(real["margins"] - 51) < 2).all() and real["dice"] > 0.7 and 0.4 < real["auc"] < 0.6
 
 
 @pytest.mark.slow

@@ -50,16 +50,16 @@ def train_and_predict(world: World, dataset: str, fold: str, plans: str, **env: 
 
 
 def test_own_weights_under_default_plans(tmp_path: Path) -> None:
-    """Dataset501: patch 80 × 128 × 128, not divisible by 12, anisotropic, clipped at -116 HU."""
+    """Dataset501: patch 80 × 128 × 128, not divisible by 12, anisotropic, clipped at -106 HU."""
     world = World(tmp_path)
-    folder = link(world, "Dataset501_OpenKBP", 48)
+    folder = link(world, "Dataset501_OpenKBP", 6)
     world.run("nnUNetv2_plan_and_preprocess -d 501 -c 3d_fullres -np 2 -npfp 2", nnUNet_def_n_proc="2")
     assert plans_of(folder, "nnUNetPlans")["patch_size"] == [80, 128, 128]
     (folder / "splits_final.json").write_text(json.dumps([{"train": ["kbp_001", "kbp_002"], "val": ["kbp_004"]}]))
     world.run("hiendmae_pretrain -d 501 -preset tiny -device cpu -steps 4 -val_every 4 -num_workers 1")
     world.run(f"hiendmae_plan -d 501 {SHORT}")
     log = train_and_predict(world, "Dataset501_OpenKBP", "0", "nnUNetPlans_hiendmae")
-    assert "clip images to channel 0: -116…1638 HU, which cuts into the window -175…250 HU" in log
+    assert "clip images to channel 0: -106…1754 HU, which cuts into the window -175…250 HU" in log
 
 
 @pytest.mark.parametrize(
