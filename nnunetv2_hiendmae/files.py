@@ -99,14 +99,18 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+class AtWorkError(ValueError):
+    """Another process has the folder."""
+
+
 @contextmanager
 def alone_in(folder: Path, remedy: str) -> Iterator[None]:
-    """Keep other processes out of a run's folder. ``ValueError`` with the remedy if one is in it."""
+    """Keep other processes out of a run's folder. ``AtWorkError`` with the remedy if one is in it."""
     lock = FileLock(folder / LOCK, timeout=0)  # given back by the system, however the process ends
     try:
         lock.acquire()
     except Timeout:
-        raise ValueError(f"Another process is at work in {folder}. {remedy}") from None
+        raise AtWorkError(f"Another process is at work in {folder}. {remedy}") from None
     except NotImplementedError:  # a file system without locks must not keep anybody from training
         print(f"WARNING: {folder} cannot be locked; do not start the same run twice.")
     try:

@@ -69,8 +69,8 @@ done
 export OMP_NUM_THREADS=1 nnUNet_def_n_proc=1 nnUNet_n_proc_DA=0 # only from here on: nnU-Net's planning refuses 0
 export nnUNet_compile=f # compiling can take as long as these trainings (docs/experiments.md, section 5)
 hiendmae_benchmark plan -o "few_labels_$grid" -grid "$here/grid_$grid.json"
-for ((part = 0; part < jobs; part++)); do
-  hiendmae_benchmark run -o "few_labels_$grid" -part_id $part -num_parts $jobs &
+for ((job = 0; job < jobs; job++)); do
+  hiendmae_benchmark run -o "few_labels_$grid" & # each takes what nobody has begun
 done
 wait
 hiendmae_benchmark report -o "few_labels_$grid"

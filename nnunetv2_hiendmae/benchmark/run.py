@@ -36,7 +36,7 @@ from nnunetv2_hiendmae.benchmark.record import (
     write_record,
 )
 from nnunetv2_hiendmae.benchmark.splits import SPLITS_FILE, split_index, split_sha256
-from nnunetv2_hiendmae.files import alone_in, preprocessed_folder, read_json
+from nnunetv2_hiendmae.files import AtWorkError, alone_in, preprocessed_folder, read_json
 from nnunetv2_hiendmae.nnunet.settings import BLOCK, FineTuneSettings
 
 CHECKPOINTS = ("checkpoint_latest.pth", "checkpoint_best.pth")  # of a training that was interrupted
@@ -101,7 +101,8 @@ def perform(grid: Grid, run: Run, logs: Path) -> None:
 
     Raises:
         RuntimeError: the command failed or left no summary; names the log and its last lines.
-        ValueError: the run folder holds another run than the grid asks for, or another process is at work in it.
+        ValueError: the run folder holds another run than the grid asks for.
+        AtWorkError: another process is at work in it.
     """
     folder = fold_folder(grid, run)
     record = read_record(folder)
@@ -113,7 +114,7 @@ def perform(grid: Grid, run: Run, logs: Path) -> None:
     ):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with alone_in(folder, "Wait for its end."):
+    with alone_in(folder, "It is left to that one."):
         perform_alone(grid, run, folder, logs)
 
 
@@ -222,7 +223,8 @@ def ends_as_ctrl_c() -> Iterator[None]:
 def run_part(grid: Grid, part_id: int, num_parts: int, logs: Path) -> list[str]:
     """Perform every ``num_parts``-th run, from ``part_id`` on; returns one line for each that failed.
 
-    A failed run does not keep the others from being made.
+    A failed run does not keep the others from being made. One that another process is at work in is left to it, so
+    that several processes share the runs without parts.
     """
     failures = []
     mine: list[Any] = grid.runs()[part_id::num_parts]
@@ -230,6 +232,8 @@ def run_part(grid: Grid, part_id: int, num_parts: int, logs: Path) -> list[str]:
         print(f"[{number}/{len(mine)}] {run.name}: {state_of(fold_folder(grid, run))}", flush=True)
         try:
             perform(grid, run, logs)
+        except AtWorkError as error:
+            print(error, flush=True)
         except Exception as error:  # whatever is wrong in one folder must not keep the other runs from being made
             words = str(error) if isinstance(error, (RuntimeError, ValueError)) else repr(error)
             print(f"FAILED {run.name}: {words}", file=sys.stderr, flush=True)
