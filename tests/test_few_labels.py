@@ -299,10 +299,10 @@ def test_the_script_runs_from_raw_data_to_the_report(tmp_path: Path) -> None:
 
 
 def test_the_recipes_differ_in_what_they_say() -> None:
-    """The grid for a GPU adds ResEnc-L and was never run; the controls are trained and tested as the others."""
+    """The grid for a GPU adds two networks and was never run; the controls are trained and tested as the others."""
     cpu, gpu, controls = (read_grid(KEPT / f"grid_{name}.json") for name in ("test_cpu", "test_gpu", "controls_cpu"))
     assert replace(controls, name=cpu.name, arms=cpu.arms, labels=cpu.labels) == cpu
     assert controls.arms[0] == cpu.arms[0] and set(controls.labels) < set(cpu.labels)
     assert [arm.name for arm in controls.arms if arm.num_epochs] == ["nnunet_time"]
-    assert [arm.name for arm in gpu.arms] == [arm.name for arm in cpu.arms] + ["resenc_l"]
+    assert [arm.name for arm in gpu.arms] == [arm.name for arm in cpu.arms] + ["resenc_l", "primus_m"]
     assert set(cpu.labels) < set(gpu.labels) and cpu.seeds == gpu.seeds == (0, 1, 2)

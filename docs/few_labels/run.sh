@@ -7,7 +7,7 @@
 # cpu: two cores, two and a half hours (the sum of its parts; in one go it ran on phantoms, by a test).
 # controls: after cpu, two hours more: asking the last layer only, a frozen encoder, none at all, and nnU-Net given the
 # time of Hi-End-MAE's pre-training as well (91 epochs: 29 minutes are 4,600 of its iterations).
-# gpu: one GPU and 16 cores; never run on one, so its sizes are reckoned.
+# gpu: one GPU and 16 cores; never run on one. Its sizes are reckoned to reach 4 labels in fifteen minutes.
 # Stopped, it goes on where it was when started again. Encoders stay in weights/, networks in nnUNet_results.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -42,7 +42,7 @@ for planner in "${plans[@]}"; do
     -overwrite_target_spacing $mm $mm $mm -overwrite_plans_name "$name"
   nnUNetv2_move_plans_between_datasets -s 501 -t 505 -sp "$name" -tp "$name"
   cp "$nnUNet_preprocessed"/Dataset501_OpenKBP/dataset_fingerprint.json "$study"
-  nnUNetv2_preprocess -d 505 -c 3d_fullres -plans_name "$name" -np 2
+  nnUNetv2_preprocess -d 505 -c 3d_fullres -plans_name "$name" -np $jobs
   touch "$study/$name.done"
 done
 
