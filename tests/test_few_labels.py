@@ -58,6 +58,14 @@ def tested(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def controls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of the controls on test cases."""
+    folder = tmp_path_factory.mktemp("controls")
+    read_archive(KEPT / "controls" / ARCHIVE, folder)
+    return folder
+
+
 def made(work: Path, grid: str = "grid.json", kept: str = "report") -> Path:
     """A folder as ``run.sh`` leaves it, with what the kept report had seen."""
     folder = work / Path(kept).name.replace("report", "few_labels")
@@ -71,7 +79,9 @@ def made(work: Path, grid: str = "grid.json", kept: str = "report") -> Path:
 LONGER = [
     pytest.param("grid_long.json", "report_long", marks=pytest.mark.slow),
     pytest.param("grid_augmented.json", "report_augmented", marks=pytest.mark.slow),
+    pytest.param("grid_controls_cpu.json", "controls/report_controls_cpu", marks=pytest.mark.slow),
 ]
+FIXTURES = {"test": "tested", "controls": "controls"}  # by the folder that a report is kept in
 
 
 @pytest.mark.parametrize(
@@ -80,7 +90,7 @@ LONGER = [
 def test_report_follows_from_the_kept_runs(
     grid: str, kept: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    runs = request.getfixturevalue("tested" if kept.startswith("test/") else "runs")
+    runs = request.getfixturevalue(FIXTURES.get(Path(kept).parent.name, "runs"))
     out, again = tmp_path / "out", tmp_path / "again"
     done = report_again(runs, made(tmp_path, grid, kept), out)
     assert done.returncode == 0, done.stderr
@@ -107,17 +117,19 @@ def test_archive_is_made_again_from_what_is_in_it(runs: Path, tmp_path: Path, mo
     assert again == kept
 
 
-def test_kept_predictions_have_the_dice_of_the_report(tested: Path) -> None:
+@pytest.mark.parametrize(("archive", "name"), [("tested", "test_cpu"), ("controls", "controls_cpu")])
+def test_kept_predictions_have_the_dice_of_the_report(archive: str, name: str, request: pytest.FixtureRequest) -> None:
     """Counted anew, voxel by voxel, for every network, test case and organ."""
+    tested: Path = request.getfixturevalue(archive)
     labels = shared_folder() / "data" / "Dataset504_OpenKBPTest"
     organs = {name: label for name, label in read_json(labels / "dataset.json")["labels"].items() if label}
     references = {f.name.removesuffix(".nii.gz"): voxels(f) for f in (labels / "labelsTr").glob("*.nii.gz")}
-    grid = read_grid(KEPT / "grid_test_cpu.json")
+    grid = read_grid(KEPT / f"grid_{name}.json")
     entries = read_json(tested / "preprocessed" / grid.datasets[0] / "hiendmae_label_budgets.json")
     index = {(str(e["cases"]), str(e["seed"])): e["index"] for e in entries}
     trainers = {arm.name: f"{arm.trainer}__{plans_name(grid, arm)}" for arm in grid.arms}
     counted = {}
-    with (tested / "report_test_cpu" / "cases.csv").open(encoding="utf-8") as file:
+    with (tested / f"report_{name}" / "cases.csv").open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
             fold = f"fold_{index[row['labels'], row['seed']]}"
             folder = tested / "predictions" / grid.datasets[0] / f"{trainers[row['arm']]}__3d_fullres" / fold
