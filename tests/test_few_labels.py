@@ -24,6 +24,7 @@ from nnunetv2_hiendmae.benchmark.arms import plans_name, trainer_class
 from nnunetv2_hiendmae.benchmark.grid import read_grid
 from nnunetv2_hiendmae.benchmark.overlap import OVERLAP_FILE
 from nnunetv2_hiendmae.benchmark.record import FINAL, count_parameters
+from nnunetv2_hiendmae.benchmark.shifts import SHIFTS
 from nnunetv2_hiendmae.files import read_json
 from nnunetv2_hiendmae.nnunet.padding import PadWithAir
 from nnunetv2_hiendmae.nnunet.trainer import nnUNetTrainerHiEndMAE
@@ -139,6 +140,28 @@ def test_kept_predictions_have_the_dice_of_the_report(archive: str, name: str, r
             ours, theirs = (a == organs[row["organ"]] for a in (counted[prediction], references[row["case"]]))
             assert float(row["dice"]) == pytest.approx(2 * (ours & theirs).sum() / (ours.sum() + theirs.sum()))
     assert len(references) == 16 and set(counted) == set(tested.glob("predictions/*/*/*/validation/*.nii"))
+
+
+def test_robustness_follows_from_its_cases(controls: Path) -> None:
+    """Unchanged scans have the Dice of the report's predictions, and the table has the means over cases."""
+    with (KEPT / "controls" / "robustness_cases.csv").open(encoding="utf-8") as file:
+        scores = {
+            (r["arm"], r["change"], r["case"], r["organ"], r["labels"], r["seed"]): float(r["dice"])
+            for r in csv.DictReader(file)
+        }
+    with (controls / "report_controls_cpu" / "cases.csv").open(encoding="utf-8") as file:
+        reported = [
+            (scores.get((r["arm"], "unchanged", r["case"], r["organ"], r["labels"], r["seed"])), float(r["dice"]))
+            for r in csv.DictReader(file)
+        ]
+    assert [a for a, _ in reported if a is not None] == pytest.approx([b for a, b in reported if a is not None])
+    assert sum(a is not None for a, _ in reported) == 2 * 16 * 5
+    rows = list(csv.DictReader((KEPT / "controls" / "robustness.csv").read_text(encoding="utf-8").splitlines()))
+    assert [row["change"] for row in rows] == [shift.name for shift in SHIFTS]
+    for arm in ("hiendmae", "nnunet_time"):
+        means = [np.mean([v for k, v in scores.items() if k[:2] == (arm, row["change"])]) for row in rows]
+        told = [float(row[arm].split(" ")[0]) for row in rows]
+        assert told == pytest.approx([means[0], *(mean - means[0] for mean in means[1:])], abs=0.0006)
 
 
 def voxels(file: Path) -> np.ndarray:
