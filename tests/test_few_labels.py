@@ -144,7 +144,7 @@ def test_kept_predictions_have_the_dice_of_the_report(archive: str, name: str, r
 
 def test_robustness_follows_from_its_cases(controls: Path) -> None:
     """Unchanged scans have the Dice of the report's predictions, and the table has the means over cases."""
-    with (KEPT / "controls" / "robustness_cases.csv").open(encoding="utf-8") as file:
+    with lzma.open(KEPT / "controls" / "robustness_cases.csv.xz", "rt", encoding="utf-8") as file:
         scores = {
             (r["arm"], r["change"], r["case"], r["organ"], r["labels"], r["seed"]): float(r["dice"])
             for r in csv.DictReader(file)

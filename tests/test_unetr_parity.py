@@ -118,10 +118,11 @@ def test_features_and_logits(name, eps, atol_logits, atol_features):
 
 
 @needs_golden
-@pytest.mark.parametrize(("eps", "rel"), [(1e-5, 1e-4), (1e-6, 5e-3)])
+@pytest.mark.parametrize(("eps", "rel"), [(1e-5, 2e-4), (1e-6, 5e-3)])
 def test_loss_and_gradients(name, eps, rel):
-    network, reference = build(name, eps), golden.arrays(f"{name}_unetr.npz")
-    loss = dice_ce(network(torch.from_numpy(reference["x"])), torch.from_numpy(reference["label"]))
+    """In float64, as with one thread float32 was off by 8e-4 on one processor; the reference's own error is 1.2e-4."""
+    network, reference = build(name, eps).double(), golden.arrays(f"{name}_unetr.npz")
+    loss = dice_ce(network(torch.from_numpy(reference["x"]).double()), torch.from_numpy(reference["label"]))
     assert loss.item() == pytest.approx(float(reference["dice_ce_loss"]), rel=1e-5)
     loss.backward()
     parameters = dict(network.named_parameters())
