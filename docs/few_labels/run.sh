@@ -8,7 +8,7 @@
 # controls: after cpu, two hours more: asking the last layer only, a frozen encoder, none at all, and nnU-Net given the
 # time of Hi-End-MAE's pre-training as well (91 epochs: 29 minutes are 4,600 of its iterations). Its encoder may be
 # another than that of cpu: equal commands gave two on two machines.
-# gpu: one GPU and 16 cores; never run on one. Its sizes are reckoned to reach 4 labels in fifteen minutes.
+# gpu: one GPU and 16 cores; never run on one. Its sizes are guesses, meant to reach 4 labels in fifteen minutes.
 # Stopped, it goes on where it was when started again. Encoders stay in weights/, networks in nnUNet_results.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
