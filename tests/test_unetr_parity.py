@@ -117,10 +117,14 @@ def test_features_and_logits(name, eps, atol_logits, atol_features):
     np.testing.assert_allclose(logits, reference["logits"], rtol=0, atol=atol_logits)
 
 
+# The instance norm behind them cancels most of their gradient, so the float32 reference has it to 1.2e-4 only.
+CANCELLED = {"encoder1.layer.conv3.conv.weight": 1.5e-4, "decoder2.conv3d.bias": 1e-4}
+
+
 @needs_golden
-@pytest.mark.parametrize(("eps", "rel"), [(1e-5, 2e-4), (1e-6, 5e-3)])
+@pytest.mark.parametrize(("eps", "rel"), [(1e-5, 1e-5), (1e-6, 5e-3)])
 def test_loss_and_gradients(name, eps, rel):
-    """In float64, as with one thread float32 was off by 8e-4 on one processor; the reference's own error is 1.2e-4."""
+    """In float64: in float32, with one thread, one processor was off by 8e-4."""
     network, reference = build(name, eps).double(), golden.arrays(f"{name}_unetr.npz")
     loss = dice_ce(network(torch.from_numpy(reference["x"]).double()), torch.from_numpy(reference["label"]))
     assert loss.item() == pytest.approx(float(reference["dice_ce_loss"]), rel=1e-5)
@@ -129,8 +133,9 @@ def test_loss_and_gradients(name, eps, rel):
     largest = reference["grad_norms"].max()
     for key, norm in zip(reference["grad_names"], reference["grad_norms"], strict=True):
         gradient = parameters[our_key(str(key))].grad
+        allowed = max(rel, CANCELLED.get(str(key), 0))
         assert norm >= 0 and gradient is not None, key
-        assert gradient.double().norm().item() == pytest.approx(norm, rel=rel, abs=1e-7 * largest), key
+        assert gradient.double().norm().item() == pytest.approx(norm, rel=allowed, abs=1e-7 * largest), key
 
 
 def test_norm_eps_is_that_of_pretraining():
