@@ -338,6 +338,9 @@ def test_the_recipes_differ_in_what_they_say() -> None:
     cpu, gpu, controls = (read_grid(KEPT / f"grid_{name}.json") for name in ("test_cpu", "test_gpu", "controls_cpu"))
     assert replace(controls, name=cpu.name, arms=cpu.arms, labels=cpu.labels) == cpu
     assert controls.arms[0] == cpu.arms[0] and set(controls.labels) < set(cpu.labels)
-    assert [arm.name for arm in controls.arms if arm.num_epochs] == ["nnunet_time"]
+    assert [arm.name for arm in controls.arms if arm.num_epochs] == ["hiendmae_long", "nnunet_time"]
+    one_label = read_grid(KEPT / "grid_one_label_cpu.json")
+    assert replace(one_label, name=controls.name, arms=controls.arms, labels=controls.labels) == controls
+    assert all(arm in controls.arms for arm in one_label.arms) and one_label.labels == (1,)
     assert [arm.name for arm in gpu.arms] == [arm.name for arm in cpu.arms] + ["resenc_l", "primus_m"]
     assert set(cpu.labels) < set(gpu.labels) and cpu.seeds == gpu.seeds == (0, 1, 2)

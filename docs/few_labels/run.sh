@@ -5,16 +5,16 @@
 #   cd a folder to work in; bash .../docs/few_labels/run.sh
 #
 # cpu: two cores, two and a half hours (the sum of its parts; in one go it ran on phantoms, by a test).
-# controls: after cpu, two hours more: asking the last layer only, a frozen encoder, none at all, and nnU-Net given the
-# time of Hi-End-MAE's pre-training as well (91 epochs: 29 minutes are 4,600 of its iterations). Its encoder may be
-# another than that of cpu: equal commands gave two on two machines.
+# controls: after cpu, four hours more: asking the last layer only, a frozen encoder, none at all, nnU-Net given the time
+# of Hi-End-MAE's pre-training as well (91 epochs: 29 minutes are 4,600 of its iterations), also with one label, and
+# Hi-End-MAE as long. Its encoder may be another than that of cpu: equal commands gave two on two machines.
 # gpu: one GPU and 16 cores; never run on one. Its sizes are guesses, meant to reach 4 labels in fifteen minutes.
 # Stopped, it goes on where it was when started again. Encoders stay in weights/, networks in nnUNet_results.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-kind=${1:-cpu} scale=$kind grid=test_$kind pretrainings=(hi:hierarchical mae:self_attention)
+kind=${1:-cpu} scale=$kind grids=(test_$kind) pretrainings=(hi:hierarchical mae:self_attention)
 if [ "$kind" = controls ]; then
-  scale=cpu grid=controls_cpu pretrainings=(hi:hierarchical last:last_layer)
+  scale=cpu grids=(controls_cpu one_label_cpu) pretrainings=(hi:hierarchical last:last_layer)
 fi
 case $scale in
   cpu) mm=5 device=cpu jobs=2 workers=1 plans=(ExperimentPlanner:nnUNet)
@@ -69,9 +69,11 @@ done
 #    missing, and the script then ends with 1.
 export OMP_NUM_THREADS=1 nnUNet_def_n_proc=1 nnUNet_n_proc_DA=0 # only from here on: nnU-Net's planning refuses 0
 export nnUNet_compile=f # compiling can take as long as these trainings (docs/experiments.md, section 5)
-hiendmae_benchmark plan -o "few_labels_$grid" -grid "$here/grid_$grid.json"
-for ((job = 0; job < jobs; job++)); do
-  hiendmae_benchmark run -o "few_labels_$grid" & # each takes what nobody has begun
+for grid in "${grids[@]}"; do
+  hiendmae_benchmark plan -o "few_labels_$grid" -grid "$here/grid_$grid.json"
+  for ((job = 0; job < jobs; job++)); do
+    hiendmae_benchmark run -o "few_labels_$grid" & # each takes what nobody has begun
+  done
+  wait
+  hiendmae_benchmark report -o "few_labels_$grid"
 done
-wait
-hiendmae_benchmark report -o "few_labels_$grid"
