@@ -16,6 +16,6 @@ class Failed(Exception):
 
 
 def check_count(name: str, value: int, low: int = 1) -> None:
-    """``ValueError`` unless ``value`` is ``low`` to ``MAX_COUNT``."""
-    if not low <= value <= MAX_COUNT:
-        raise ValueError(f"{name}={value} must be at least {low} and at most {MAX_COUNT}.")
+    """``ValueError`` unless ``value`` is an integer of ``low`` to ``MAX_COUNT``."""
+    if type(value) is not int or not low <= value <= MAX_COUNT:
+        raise ValueError(f"{name}={value!r} must be an integer of at least {low} and at most {MAX_COUNT}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,14 +11,17 @@ import pytest
 from conftest import DATASET, World
 
 from nnunetv2_hiendmae.architectures.vit import ENCODERS, ViT
-from nnunetv2_hiendmae.benchmark.arms import default_arms
+from nnunetv2_hiendmae.benchmark.arms import check_planned, default_arms
 from nnunetv2_hiendmae.benchmark.fair import check_fair, other_encoders, with_choices_fixed
-from nnunetv2_hiendmae.benchmark.grid import Arm, Grid
+from nnunetv2_hiendmae.benchmark.grid import Arm, Grid, read_grid
 from nnunetv2_hiendmae.benchmark.overlap import overlap_lines
 from nnunetv2_hiendmae.benchmark.plan import plan
+from nnunetv2_hiendmae.benchmark.run import encoder_of
+from nnunetv2_hiendmae.commands.benchmark import main, parser, report_verb, robustness_verb, run_verb
 from nnunetv2_hiendmae.nnunet.settings import FineTuneSettings
 from nnunetv2_hiendmae.weights.file import load_weights, save_weights
 
+VERBS = {"run": run_verb, "report": report_verb, "robustness": robustness_verb}
 NNUNET = Arm(name="nnunet", trainer="nnUNetTrainer")
 SCRATCH = Arm(name="scratch", trainer="nnUNetTrainerHiEndMAE_scratch")
 OURS = Arm(name="ours", trainer="nnUNetTrainerHiEndMAE")
@@ -61,9 +65,68 @@ def test_scratch_gets_the_network_of_the_weights(ours: Arm) -> None:
     assert [line.split(" has ")[0] for line in other_encoders(grid(named, ours))] == ["Arm scratch"]
 
 
+def test_scratch_gets_the_tokens_and_the_decoder_of_the_arm(ours: Arm) -> None:
+    """What an arm changes of the network of its weights holds for its control too, but not another control."""
+    ours = replace(ours, settings={"vit_patch_size": [8, 8, 4], "feature_size": 8, "initial_lr": 0.1})
+    identity = replace(SCRATCH, name="identity", settings={"identity_blocks": True})
+    fixed = with_choices_fixed(grid(ours, SCRATCH, identity))
+    for arm in fixed.arms[1:]:
+        settings = FineTuneSettings(**arm.settings).resolved_scratch()
+        assert settings.encoder is not None and settings.encoder.patch_size == (8, 8, 4)
+        assert (settings.feature_size, settings.initial_lr) == (8, FineTuneSettings().initial_lr)
+    assert [arm.settings.get("identity_blocks") for arm in fixed.arms] == [None, None, True]
+    assert other_encoders(fixed) == []
+    narrow = replace(fixed.arms[1], settings={**fixed.arms[1].settings, "feature_size": 4})
+    assert [line.split(" has ")[0] for line in other_encoders(grid(ours, narrow))] == ["Arm scratch"]
+
+
+def test_a_grid_that_was_edited_is_planned_again(here: World, ours: Arm, tmp_path: Path) -> None:
+    """What the plans do not say is neither trained nor reported, whatever was edited."""
+    ours = replace(ours, settings={"feature_size": 8})
+    sizes = {"num_epochs": 3, "no_mirroring": True, "patch_size": (16, 16, 16), "batch_size": 2}
+    budgeted = replace(NNUNET, trainer="nnUNetTrainerBudget")
+    planned, _ = plan(grid(budgeted, ours, **sizes), tmp_path, allow_overlap=True)
+    check_planned(planned, tmp_path)
+    again = Path(str(ours.weights)).with_name("again.pth")
+    shutil.copy(str(ours.weights), again)
+    edits: list[dict[str, object]] = [
+        {"num_epochs": 4}, {"no_mirroring": None}, {"no_augmentation": True}, {"patch_size": (32, 16, 16)},
+        {"batch_size": 3}, {"arms": (budgeted, replace(ours, settings={"feature_size": 4}))},
+        {"arms": (budgeted, replace(ours, weights=str(again)))}, {"arms": (replace(budgeted, num_epochs=9), ours)},
+    ]  # fmt: skip
+    for edit in edits:
+        (tmp_path / "grid.json").write_text(replace(planned, **edit).to_json(), encoding="utf-8")  # type: ignore[arg-type]
+        for verb in ("run", "report", "robustness"):
+            with pytest.raises(ValueError, match=rf"is not what {tmp_path / 'grid.json'} says. Was that edited"):
+                VERBS[verb](parser().parse_args([verb, "-o", str(tmp_path)]))
+        plan(read_grid(tmp_path / "grid.json"), tmp_path, allow_overlap=True)
+        check_planned(read_grid(tmp_path / "grid.json"), tmp_path)
+
+
+def test_a_preset_with_other_tokens_is_what_the_plans_ask_for() -> None:
+    """The block that a trainer saves has the new tokens in its architecture, the preset has its own."""
+    wanted = {"architecture": "nano", "vit_patch_size": [8, 8, 8]}
+    saved = FineTuneSettings(**wanted).resolved_scratch().to_block()  # type: ignore[arg-type]
+    assert encoder_of(saved, wanted) == encoder_of(wanted, wanted)
+    assert encoder_of(saved, wanted) != encoder_of({**saved, "architecture": "tiny"}, wanted)
+    assert encoder_of(saved, {}) is None
+
+
+def test_flags_that_exclude_a_grid_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", "-o", "b", "-grid", "g.json", "-d", "505", "-f", "1", "--no_mirroring"]
+    monkeypatch.setattr(sys, "argv", ["hiendmae_benchmark", *words])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and all(flag in said for flag in ("-d [", "-f [", " --no_mirroring "))
+    assert "datasets" not in said and "folds" not in said
+
+
 def test_several_encoders_leave_no_control(ours: Arm, pretrained: Path) -> None:
     other = replace(ours, name="other", weights=str(pretrained))
-    with pytest.raises(ValueError, match="Arm scratch: the pre-trained arms have different encoders"):
+    with pytest.raises(ValueError, match="Arm scratch: the pre-trained arms have different networks"):
         with_choices_fixed(grid(SCRATCH, ours, other))
 
 
@@ -102,12 +165,14 @@ def test_controls_are_arms_by_name() -> None:
     assert [arm.name for arm in arms] == names  # the first is what the others are compared with
     assert [arm.weights for arm in arms] == ["hi.pth", "mae.pth", "hi.pth", None, None]
     assert arms[3].settings == {"identity_blocks": True} and arms[2].settings["frozen_epochs"] > 10**6
-    arms = default_arms("P", "hi.pth", True, ["primus_hiendmae", "primus_m", "primus_v3_s"], primus_hiendmae="p.pth")
+    arms = default_arms("P", None, True, ["primus_hiendmae", "primus_m", "primus_v3_s"], primus_hiendmae="p.pth")
     assert [(arm.trainer, arm.weights) for arm in arms] == [
         ("nnUNetTrainerHiEndMAE", "p.pth"), ("nnUNetPrimusBudget", None), ("nnUNetPrimusV3Budget", None),
     ]  # fmt: skip
     assert [arm.name for arm in default_arms("P", None, False)][-1] == "hiendmae"
-    for names, weights in ((["plain_mae"], None), (["hiendmae"], "mae.pth")):
+    with pytest.raises(ValueError, match="-weights is for the arms hiendmae and frozen"):
+        default_arms("P", "hi.pth", True, ["nnunet", "scratch"])
+    for names, weights in ((["plain_mae", "frozen"], None), (["hiendmae"], "mae.pth")):
         with pytest.raises(ValueError, match="-arms plain_mae needs -plain_mae FILE"):
             default_arms("P", "hi.pth", True, names, weights)
 

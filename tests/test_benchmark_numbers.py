@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from nnunetv2_hiendmae.benchmark.as_run import MISSING, as_run_tables, short
 from nnunetv2_hiendmae.benchmark.collect import METRICS, Result, Score
 from nnunetv2_hiendmae.benchmark.grid import Arm, Grid
 from nnunetv2_hiendmae.benchmark.statistics import holm
@@ -22,7 +23,7 @@ from nnunetv2_hiendmae.benchmark.surface import (
     Scores,
     surface_scores,
 )
-from nnunetv2_hiendmae.benchmark.tables import comparison_table, comparisons, cost_table, metric_table
+from nnunetv2_hiendmae.benchmark.tables import comparison_table, comparisons, cost_table, metric_table, middle
 
 DIAGONAL = float(np.hypot(np.hypot(8 * 3.0, 10), 2 * 12))
 """Of the images below: 12 × 10 × 8 voxels of 2 × 1 × 3 mm."""
@@ -180,3 +181,21 @@ def test_what_is_missing_is_told() -> None:
     rows = {r[2]: r for r in comparison_table(GRID, comparisons(GRID, results)).rows if r[3:5] == ["dice", "other"]}
     assert rows["1"][5] == "6, 4/6 runs" and rows["all"][5:7] == ["0, 0/2 runs", "missing"]
     assert cost_table(GRID, results).rows[1][4].endswith(", 1/2 budgets")
+
+
+def test_medians_and_what_is_said_of_trainers() -> None:
+    """Two runs have a median between them; GPUs of one maker are told apart, of objects only the class is said."""
+    assert middle([0.1, None, 0.9], ".3f") == "0.500" and middle([0.3, 0.1, 0.9], ".1f") == "0.3"
+    assert short("NVIDIA A100-SXM4-40GB") != short("NVIDIA H200") == "NVIDIA H200"
+    assert [short(text) for text in ("0.01", "SGD (\nlr: 0.01)", "<nnunetv2.lr.PolyLRScheduler object at 0x7f>")] == [
+        "0.01", "SGD", "PolyLRScheduler",
+    ]  # fmt: skip
+
+
+def test_an_arm_without_a_run_differs_from_nobody() -> None:
+    """As-run verdicts: "same" and "differs" are said of runs, not of their absence."""
+    results = made_up()
+    for r in results:
+        r.status = "missing"
+    (table,) = as_run_tables(GRID, results)
+    assert {row[-1] for row in table.rows} == {"–"} and {word for row in table.rows for word in row[1:-1]} == {MISSING}

@@ -51,6 +51,9 @@ def test_budgets_are_nested_and_keep_the_validation_cases(folder: Path) -> None:
             assert all(s["val"] == before[fold]["val"] for s in (one, four, half))
     assert after[split_index(folder, 0, 4, 0)] != after[split_index(folder, 0, 4, 1)]
     assert split_index(folder, 1, "all", 0) == 1
+    for no_fold in (-1, 2, len(after)):  # the second is an entry with one label
+        with pytest.raises(ValueError, match=f"Fold {no_fold} is not among the folds"):
+            split_index(folder, no_fold, "all", 0)
 
 
 def test_twice_changes_nothing_and_more_is_appended(folder: Path) -> None:

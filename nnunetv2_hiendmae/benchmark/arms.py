@@ -13,7 +13,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunetv2_hiendmae.benchmark.grid import Arm, Grid, Run
+from nnunetv2_hiendmae.benchmark.grid import GRID_FILE, Arm, Grid, Run
 from nnunetv2_hiendmae.benchmark.record import file_sha256
 from nnunetv2_hiendmae.benchmark.splits import split_index, write_json
 from nnunetv2_hiendmae.checks import MAX_COUNT
@@ -102,6 +102,8 @@ def default_arms(
     unknown = sorted(set(names) - set(arms))
     if unknown:
         raise ValueError(f"-arms {' '.join(unknown)}: there are {', '.join(arms)}.")
+    if weights and not {"hiendmae", "frozen"} & set(names):
+        raise ValueError("-weights is for the arms hiendmae and frozen; name one of them in -arms, or leave it out.")
     for name, file in (("plain_mae", plain_mae), ("primus_hiendmae", primus_hiendmae)):
         if (name in names) != (file is not None):
             raise ValueError(f"-arms {name} needs -{name} FILE, the weights of that arm, and the other way round.")
@@ -171,6 +173,28 @@ def write_plans(grid: Grid, dataset: str, arm: Arm) -> Path:
     if not target.is_file() or read_plans(target, REMEDY) != plans:
         write_json(target, plans)
     return target
+
+
+def check_planned(grid: Grid, folder: Path) -> None:
+    """``ValueError`` if the grid in ``folder`` was edited, and not planned again: its plans are not what it says."""
+    for dataset in grid.datasets:
+        for arm in grid.arms:
+            file = preprocessed_folder(dataset) / f"{plans_name(grid, arm)}.json"
+            for configuration in (name for name in grid.configurations if name != "2d"):
+                planned = configuration_of(file, configuration)
+                block = planned.get(BLOCK, {})
+                settings = {name: value for name, value in block.items() if name not in ("weights", "weights_sha256")}
+                named = Path(arm.weights or "").parts if needs_block(arm) else ()
+                if (
+                    settings != {**grid.budget_of(arm), **arm.settings}
+                    or Path(block.get("weights", "")).parts[-len(named) or None :] != named
+                    or list(grid.patch_size or planned["patch_size"]) != planned["patch_size"]
+                    or (grid.batch_size or planned["batch_size"]) != planned["batch_size"]
+                ):
+                    raise ValueError(
+                        f"Arm {arm.name}: {file} is not what {folder / GRID_FILE} says. Was that edited? Then run "
+                        f"'hiendmae_benchmark plan -o {folder} -grid {folder / GRID_FILE}'."
+                    )
 
 
 def configuration_of(plans_file: Path, configuration: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ PROPERTIES = (
     "gpu_name",
 )
 AUGMENTATION = "dataloader_train.generator.transforms"
-NOT_RECORDED = "not recorded"
+NOT_RECORDED, MISSING = "not recorded", "missing"
 
 
 def as_run_tables(grid: Grid, results: list[Result]) -> list[Table]:
@@ -39,7 +39,7 @@ def as_run_tables(grid: Grid, results: list[Result]) -> list[Table]:
             rows = []
             for name in (*PROPERTIES, "augmentation"):
                 words = [one_of([values[name] for values in column]) for column in columns]
-                verdict = "–" if NOT_RECORDED in words else "same" if len(set(words)) == 1 else "differs"
+                verdict = "–" if {NOT_RECORDED, MISSING} & set(words) else "same" if len(set(words)) == 1 else "differs"
                 rows.append([name, *words, verdict])
             tables.append(
                 Table(
@@ -72,8 +72,8 @@ def trainer_values(result: Result) -> dict[str, str]:
 
 
 def short(text: str) -> str:
-    """A number as it is; of a printed object its class."""
-    if re.fullmatch(r"[-+.e\d]+", text):
+    """A number or name as it is; of a printed object its class."""
+    if not re.search("[<(]", text):
         return text
     name = re.split(r"[\s(]", text.strip("<> "), maxsplit=1)[0]
     return name.rpartition(".")[2]
@@ -81,4 +81,4 @@ def short(text: str) -> str:
 
 def one_of(values: list[str]) -> str:
     """What all runs of an arm have, or what they have between them."""
-    return " / ".join(sorted(set(values))) or "missing"
+    return " / ".join(sorted(set(values))) or MISSING

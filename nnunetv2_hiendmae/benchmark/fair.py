@@ -20,45 +20,44 @@ def with_choices_fixed(grid: Grid) -> Grid:
     """The grid with what its trainers would choose when they start: weights, and the network of scratch arms.
 
     Weights that no arm names are found now, so that a pre-training which ends later changes nothing. A scratch arm that
-    names no architecture gets the encoder and window of the pre-trained arms: it is their control.
+    names no architecture gets the network and window of the pre-trained arms: it is their control.
 
     Raises:
-        ValueError: no weights found, or pre-trained arms with several encoders beside a scratch arm that names none.
+        ValueError: no weights found, or pre-trained arms with several networks beside a scratch arm that names none.
     """
     ours = {arm.name: issubclass(trainer_class(arm.trainer), nnUNetTrainerHiEndMAE) for arm in grid.arms}
     arms = [
         replace(arm, weights=str(find_weights(None)[0].absolute())) if ours[arm.name] and is_open(arm) else arm
         for arm in grid.arms
     ]
-    encoders: dict[str, dict[str, Any]] = {}
+    networks: dict[str, dict[str, Any]] = {}
     for arm in arms:
         if ours[arm.name] and arm.weights is not None and trainer_class(arm.trainer).pretrained:
-            encoder = encoder_settings(arm)
-            encoders.setdefault(str(encoder), encoder)
+            network = network_settings(arm)
+            networks.setdefault(str(network), network)
     for i, arm in enumerate(arms):
-        if not encoders or not ours[arm.name] or arm.weights is not None or "architecture" in arm.settings:
+        if not networks or not ours[arm.name] or arm.weights is not None or "architecture" in arm.settings:
             continue
-        if len(encoders) > 1:
+        if len(networks) > 1:
             raise ValueError(
-                f"Arm {arm.name}: the pre-trained arms have different encoders ({'; '.join(encoders)}). Name the "
+                f"Arm {arm.name}: the pre-trained arms have different networks ({'; '.join(networks)}). Name the "
                 f"'architecture' of this arm in its settings in the grid."
             )
-        (encoder,) = encoders.values()
-        arms[i] = replace(arm, settings={**encoder, **arm.settings})
+        (network,) = networks.values()
+        arms[i] = replace(arm, settings={**network, **arm.settings})
     return replace(grid, arms=tuple(arms))
 
 
 def other_encoders(grid: Grid) -> list[str]:
-    """A line for each scratch arm that is no control, as its encoder or window is that of no pre-trained arm."""
+    """A line for each scratch arm that is no control, as its network or window is that of no pre-trained arm."""
     ours = [arm for arm in grid.arms if issubclass(trainer_class(arm.trainer), nnUNetTrainerHiEndMAE)]
-    files = dict.fromkeys(arm.weights for arm in ours if arm.weights is not None)
-    encoders = [(w.architecture, tuple(w.window_hu)) for w in map(load_weights, files)]
+    pretrained = [replace(resolved(arm), identity_blocks=False) for arm in ours if arm.weights is not None]
     lines = []
     for arm in ours:
-        settings = FineTuneSettings(**arm.settings).resolved_scratch()
-        if encoders and arm.weights is None and (settings.encoder, tuple(settings.window_hu or ())) not in encoders:
+        scratch = replace(FineTuneSettings(**arm.settings).resolved_scratch(), identity_blocks=False)
+        if pretrained and arm.weights is None and not any(map(scratch.same_network, pretrained)):
             lines.append(
-                f"Arm {arm.name} has another encoder or HU window than the pre-trained arms; it is no control."
+                f"Arm {arm.name} has another network or HU window than the pre-trained arms; it is no control."
             )
     return lines
 
@@ -68,15 +67,20 @@ def is_open(arm: Arm) -> bool:
     return arm.weights is None and bool(getattr(trainer_class(arm.trainer), "pretrained", False))
 
 
-def encoder_settings(arm: Arm) -> dict[str, Any]:
-    """The settings that give a scratch arm the network of a pre-trained one."""
+def resolved(arm: Arm) -> FineTuneSettings:
+    """The settings of a pre-trained arm with what its weights bring."""
     weights = load_weights(str(arm.weights))
-    architecture = weights.architecture
-    preset = next((name for name, config in ENCODERS.items() if config == architecture), None)
-    settings: dict[str, Any] = {"architecture": preset or architecture.to_dict()}
-    if tuple(weights.window_hu) != tuple(DEFAULT_WINDOW):
-        settings["window_hu"] = list(weights.window_hu)
-    return settings
+    return FineTuneSettings(**arm.settings).resolved(weights.architecture, weights.window_hu)
+
+
+def network_settings(arm: Arm) -> dict[str, Any]:
+    """The settings that give a scratch arm the network of a pre-trained one."""
+    settings = resolved(arm)
+    preset = next((name for name, config in ENCODERS.items() if config == settings.encoder), None)
+    network = {name: arm.settings[name] for name in ("segmentation_decoder", "feature_size") if name in arm.settings}
+    if tuple(settings.window_hu or ()) != tuple(DEFAULT_WINDOW):
+        network["window_hu"] = list(settings.window_hu or ())
+    return {"architecture": preset or settings.architecture, **network}
 
 
 def check_fair(grid: Grid) -> None:

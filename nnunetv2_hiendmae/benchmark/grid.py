@@ -101,14 +101,19 @@ class Grid:
 
     def __post_init__(self) -> None:
         for name in ("datasets", "configurations", "folds", "labels", "seeds", "arms", "patch_size"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+            if (values := getattr(self, name)) is None:
+                continue
+            if not isinstance(values, (list, tuple)):
+                raise ValueError(f"{name}={values!r} must be a list.")
+            object.__setattr__(self, name, tuple(values))
         if not NAME.fullmatch(self.name):
             raise ValueError(f"Grid name '{self.name}' must be letters and digits with single '_', '-' or '.' between.")
         for name in ("datasets", "configurations", "folds", "labels", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name}={list(values)} must not be empty or repeat a value.")
+            if name in ("datasets", "configurations") and not all(isinstance(value, str) for value in values):
+                raise ValueError(f"{name}={list(values)} must be names.")
         names = [arm.name for arm in self.arms]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"The arms {names} need different names.")
@@ -122,6 +127,8 @@ class Grid:
             check_count("seeds", seed, 0)
         if self.batch_size is not None:
             check_count("batch_size", self.batch_size)
+        for edge in self.patch_size or ():
+            check_count("patch_size", edge)
         for arm in self.arms:
             FineTuneSettings(**self.budget_of(arm))
 
@@ -152,7 +159,7 @@ class Grid:
 
 def check_labels(labels: int | str) -> None:
     """``ValueError`` unless a label budget is a positive number, a percentage, or 'all'."""
-    if isinstance(labels, int) and labels > 0:
+    if type(labels) is int and labels > 0:
         return
     percent = str(labels).removesuffix("%")
     if labels == ALL_LABELS or (str(labels) != percent and percent.isdigit() and 0 < int(percent) < 100):

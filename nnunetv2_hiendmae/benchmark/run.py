@@ -84,8 +84,13 @@ def trained_otherwise(grid: Grid, run: Run) -> str | None:
 
 
 def encoder_of(block: dict[str, Any], wanted: dict[str, Any]) -> EncoderConfig | None:
-    """The encoder that a block asks for by name or numbers; None if the wanted one leaves it open."""
-    return FineTuneSettings(architecture=block.get("architecture")).encoder if "architecture" in wanted else None
+    """The encoder that a block asks for by name or numbers; None if the wanted one leaves it open.
+
+    Its channels follow the data, and tokens that are wanted are those of the block, whatever its preset has.
+    """
+    encoder = FineTuneSettings(architecture=block.get("architecture")).encoder if "architecture" in wanted else None
+    tokens = wanted.get("vit_patch_size")
+    return encoder and replace(encoder, in_channels=1, patch_size=tuple(tokens or encoder.patch_size))
 
 
 def stale(record: RunRecord, expected: RunRecord) -> str | None:

@@ -101,17 +101,24 @@ def split_index(folder: Path, fold: int, labels: int | str, seed: int) -> int:
     """Entry of ``splits_final.json`` of a label budget that ``add_label_budgets`` wrote; the fold itself for 'all'.
 
     Raises:
-        ValueError: there is none, or the splits changed since.
+        ValueError: no such fold or budget, or the splits changed since.
     """
-    if labels == ALL_LABELS:
-        return fold
     splits, entries = read_json(folder / SPLITS_FILE), read_entries(folder)
     check_entries(folder, splits, entries)
+    check_fold(folder, fold, splits, entries)
+    if labels == ALL_LABELS:
+        return fold
     n = number_of_cases(labels, len(grouped(splits[fold]["train"], patients_of(folder.name))))
     for entry in entries:
         if (entry["fold"], entry["cases"], entry["seed"]) == (fold, n, seed):
             return entry["index"]
     raise ValueError(f"{folder / SPLITS_FILE} has no {labels} labels of fold {fold}; run 'hiendmae_benchmark plan'.")
+
+
+def check_fold(folder: Path, fold: int, splits: list[Split], entries: list[Entry]) -> None:
+    """``ValueError`` for a fold that is not there, or is an entry with fewer labels."""
+    if not 0 <= fold < len(splits) or any(fold == e["index"] for e in entries):
+        raise ValueError(f"Fold {fold} is not among the folds of {folder / SPLITS_FILE}.")
 
 
 def read_entries(folder: Path) -> list[Entry]:
@@ -154,8 +161,7 @@ def add_label_budgets(
     known = {(e["fold"], e["cases"], e["seed"]) for e in entries}
     before = len(entries)
     for fold in folds:
-        if not 0 <= fold < len(splits) or any(fold == e["index"] for e in entries):
-            raise ValueError(f"Fold {fold} is not among the folds of {folder / SPLITS_FILE}.")
+        check_fold(folder, fold, splits, entries)
         train, val = splits[fold]["train"], splits[fold]["val"]
         budgets: dict[int, int | str] = {}
         for budget in labels:

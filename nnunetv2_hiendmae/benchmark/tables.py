@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 
 from nnunetv2_hiendmae.benchmark.collect import METRICS, Result
 from nnunetv2_hiendmae.benchmark.grid import Grid
@@ -276,8 +276,8 @@ def cost_table(grid: Grid, results: list[Result]) -> Table:
 
 def middle(values: list[float | None], form: str) -> str:
     """Median of what was measured."""
-    there = sorted(v for v in values if v is not None)
-    return format(there[len(there) // 2], form) if there else "not measured"
+    there = [v for v in values if v is not None]
+    return format(median(there), form) if there else "not measured"
 
 
 def status_table(results: list[Result]) -> Table:

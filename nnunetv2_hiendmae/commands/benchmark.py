@@ -85,7 +85,9 @@ def grid_of(args: argparse.Namespace) -> Grid:
     own = {k: v for k, v in vars(args).items() if k not in ("verb", "o", "grid", "allow_overlap") and v is not None}
     if args.grid is not None:
         if own:
-            raise ValueError(f"-grid excludes {', '.join('-' + name for name in own)}; edit {args.grid} instead.")
+            raise ValueError(
+                f"-grid excludes {', '.join(f'{name}={value}' for name, value in own.items())}; edit {args.grid} instead."
+            )
         return read_grid(args.grid)
     from nnunetv2_hiendmae.benchmark.arms import default_arms  # not above, as below: help and mistakes at once
 
@@ -127,6 +129,15 @@ def plan_verb(args: argparse.Namespace) -> int:
     return 0
 
 
+def planned_grid(folder: Path) -> Grid:
+    """The grid in a benchmark's folder. ``ValueError`` if there is none, or it was edited and not planned again."""
+    from nnunetv2_hiendmae.benchmark.arms import check_planned
+
+    grid = read_grid(folder / GRID_FILE)
+    check_planned(grid, folder)
+    return grid
+
+
 def run_verb(args: argparse.Namespace) -> int:
     """Run what is not finished; 1 if a run failed."""
     from nnunetv2_hiendmae.benchmark.run import ends_as_ctrl_c, run_part
@@ -134,7 +145,7 @@ def run_verb(args: argparse.Namespace) -> int:
     check_count("num_parts", args.num_parts)
     if not 0 <= args.part_id < args.num_parts:
         raise ValueError(f"-part_id {args.part_id} must be 0 to {args.num_parts - 1} (-num_parts {args.num_parts}).")
-    grid = read_grid(args.o / GRID_FILE)
+    grid = planned_grid(args.o)
     with ends_as_ctrl_c():
         failures = run_part(grid, args.part_id, args.num_parts, args.o / "logs")
     for line in failures:
@@ -148,7 +159,7 @@ def report_verb(args: argparse.Namespace) -> int:
 
     if not 0 < args.tolerance_mm < math.inf:
         raise ValueError(f"-tolerance_mm {args.tolerance_mm} must be a positive number.")
-    failures = report(read_grid(args.o / GRID_FILE), args.o, args.tolerance_mm)
+    failures = report(planned_grid(args.o), args.o, args.tolerance_mm)
     for line in failures:
         print(line, file=sys.stderr)
     print(f"Report in {args.o / 'report.html'} and {args.o / 'report.md'}.")
@@ -159,7 +170,7 @@ def robustness_verb(args: argparse.Namespace) -> int:
     """Predict changed test cases and write what was lost; 1 if a run cannot be predicted."""
     from nnunetv2_hiendmae.benchmark.robustness import robustness
 
-    failures = robustness(read_grid(args.o / GRID_FILE), args.o)
+    failures = robustness(planned_grid(args.o), args.o)
     for line in failures:
         print(f"MISSING {line}", file=sys.stderr)
     print(f"Dice lost on changed scans in {args.o / 'robustness.md'}.")

@@ -83,7 +83,7 @@ class FineTuneSettings:
         for name, low in (("feature_size", 1), ("num_epochs", 1), ("num_iterations_per_epoch", 1),
                           ("num_val_iterations_per_epoch", 1), ("warmup_epochs", 0), ("frozen_epochs", 0)):  # fmt: skip
             value = getattr(self, name)
-            if not isinstance(value, int) or not low <= value <= MAX_COUNT:
+            if type(value) is not int or not low <= value <= MAX_COUNT:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {low} and at most {MAX_COUNT}.")
         if not 0 < self.initial_lr < math.inf or not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"initial_lr={self.initial_lr} must be > 0, weight_decay={self.weight_decay} >= 0.")
