@@ -77,10 +77,11 @@ def network_settings(arm: Arm) -> dict[str, Any]:
     """The settings that give a scratch arm the network of a pre-trained one."""
     settings = resolved(arm)
     preset = next((name for name, config in ENCODERS.items() if config == settings.encoder), None)
-    network = {name: arm.settings[name] for name in ("segmentation_decoder", "feature_size") if name in arm.settings}
+    network: dict[str, Any] = {"architecture": preset or settings.architecture}
+    network |= {name: arm.settings[name] for name in ("segmentation_decoder", "feature_size") if name in arm.settings}
     if tuple(settings.window_hu or ()) != tuple(DEFAULT_WINDOW):
         network["window_hu"] = list(settings.window_hu or ())
-    return {"architecture": preset or settings.architecture, **network}
+    return network
 
 
 def check_fair(grid: Grid) -> None:

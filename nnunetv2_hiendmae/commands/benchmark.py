@@ -85,9 +85,8 @@ def grid_of(args: argparse.Namespace) -> Grid:
     own = {k: v for k, v in vars(args).items() if k not in ("verb", "o", "grid", "allow_overlap") and v is not None}
     if args.grid is not None:
         if own:
-            raise ValueError(
-                f"-grid excludes {', '.join(f'{name}={value}' for name, value in own.items())}; edit {args.grid} instead."
-            )
+            flags = ", ".join(f"{name}={value}" for name, value in own.items())
+            raise ValueError(f"-grid excludes {flags}; edit {args.grid} instead.")
         return read_grid(args.grid)
     from nnunetv2_hiendmae.benchmark.arms import default_arms  # not above, as below: help and mistakes at once
 
