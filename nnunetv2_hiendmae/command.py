@@ -55,8 +55,8 @@ def verdict(error: BaseException, again: str) -> tuple[int, str]:
     if was_interrupted(error):
         return 130, f"interrupted; {again}"
     text = one_line(error)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in text:
-        return 1, "error: the memory is full; use less at a time (see the flags, -h)"
+    if full := full_memory(error):
+        return 1, f"error: the memory of {full} is full; use less at a time (see the flags, -h)"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return 1, f"error: --compile: torch cannot compile the model here ({text.split(' Set TORCH')[0]}); leave it out"
     if isinstance(error, ValueError):
@@ -70,6 +70,13 @@ def verdict(error: BaseException, again: str) -> tuple[int, str]:
         return 1, f"error: {text.rstrip('.')}; {again}"
     traceback.print_exception(error)
     return 1, f"error: this should not have happened; {again}"
+
+
+def full_memory(error: BaseException) -> str | None:
+    """Whose memory an error says is full: that of ``the GPU`` or of ``this machine``; None if it says nothing of it."""
+    if type(error).__name__ == "OutOfMemoryError" or re.search("(CUDA|MPS).*out of memory", str(error)):
+        return "the GPU"
+    return "this machine" if isinstance(error, MemoryError) or "allocate memory" in str(error) else None
 
 
 def was_interrupted(error: BaseException | None) -> bool:

@@ -39,16 +39,34 @@ class Reading:
 
     def __init__(self, values: Tensor) -> None:
         self.host = values.to("cpu", non_blocking=values.is_cuda)  # into pinned memory
-        self.copied = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
-
-    def arrived(self) -> bool:
-        """Whether the device has done all that was queued before."""
-        return self.copied is None or self.copied.query()
+        self.copied = queue_event(values.device)
 
     def get(self) -> list[float]:
         if self.copied is not None:
             self.copied.synchronize()
         return self.host.tolist()
+
+
+class Fetch:
+    """A fetch of data that has just ended, and for how much of it the device had nothing to do."""
+
+    def __init__(self, seconds: float, before: Reading | None, device: torch.device) -> None:
+        self.seconds, self.copied = seconds, None if before is None else before.copied
+        """What the fetch took, and the end of what was queued before it."""
+        self.begun = queue_event(device)
+
+    def idle(self) -> float:
+        """Seconds; known when a step that was queued after the fetch is done."""
+        if self.copied is None or self.begun is None:  # not on a GPU, or nothing was queued
+            return self.seconds
+        return min(self.seconds, self.copied.elapsed_time(self.begun) / 1000)
+
+
+def queue_event(device: torch.device) -> torch.cuda.Event | None:
+    """The moment when a GPU has done all that is queued; elsewhere that is now, and needs no event."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_stream(device).record_event(torch.cuda.Event(enable_timing=True))
 
 
 def synchronize(device: torch.device) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pretraining.processes import when_the_parent_ends
+
+GRACE_S = 60
+"""For ranks that are left when another has failed: to write the non-finite step, or a checkpoint that was begun."""
 
 
 def timeout() -> timedelta:
@@ -118,13 +122,19 @@ def launch(function: Callable[..., None], num_processes: int, *args: Any) -> int
         for process in alive:
             process.join(0.2)
         if any(p.exitcode not in (None, 0) for p in alive):  # one died: the others would wait for it in vain
-            for process in alive:
-                process.join(10)
-                process.terminate()
-                process.join(5)
-                process.kill()
+            end_all(alive)
         alive = [p for p in alive if p.exitcode is None]
     return max(1 if p.exitcode is None or p.exitcode < 0 else p.exitcode for p in processes)  # below 0: killed
+
+
+def end_all(processes: list[Any]) -> None:
+    """Wait for ranks that a failed one left, which may be writing what they know, then stop them."""
+    for seconds, stop in ((GRACE_S, "terminate"), (5, "kill")):
+        deadline = time.monotonic() + seconds
+        for process in processes:
+            process.join(max(deadline - time.monotonic(), 0))
+        for process in processes:
+            getattr(process, stop)()
 
 
 def run_rank(rank: int, world_size: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:

@@ -19,7 +19,7 @@ from pretraining.config import RunConfig, Runtime
 from pretraining.data.b2nd import PreprocessedCorpus
 from pretraining.data.corpus import Corpus
 from pretraining.data.stream import Batch, CropStream, canonical_crops, collate, split_cases
-from pretraining.device import Reading, synchronize
+from pretraining.device import Fetch, Reading, synchronize
 from pretraining.flops import flops_per_crop
 from pretraining.masking import patchify
 from pretraining.step import TrainState, agree, backward, prepare_network, update
@@ -98,19 +98,21 @@ def training(
         want of data; ``memory_gib``, the most that the device, or this process, had in use; ``checkpoint_gib``.
     """
     state = TrainState.create(config, device)
-    network = prepare_network(state.model, runtime, device)
     batches = endless_batches(corpus, config, runtime, device)
+    network = prepare_network(state.model, runtime, device)
+    if device.type == "cuda":  # what was measured before is not part of it
+        torch.cuda.reset_peak_memory_stats(device)
     queued: Reading | None = None
-    started = waited = 0.0
+    started, fetches = 0.0, list[Fetch]()
     for taken in itertools.count(-WARM_UP):
         # Every rank leaves at the same step: the time is in what they share.
         over = taken >= AT_LEAST and time.perf_counter() - started >= seconds
         if taken == 0 and queued is not None:
             queued.get()
-            started, waited = time.perf_counter(), 0.0
+            started, fetches = time.perf_counter(), []
         asked = time.perf_counter()
         step_batches = [next(batches) for _ in range(runtime.accumulate)]
-        waited += time.perf_counter() - asked if queued is None or queued.arrived() else 0.0
+        fetches.append(Fetch(time.perf_counter() - asked, queued, device))
         loss, grad_norm = backward(state, network, step_batches, config, device)
         shared = agree(state, loss, grad_norm, over)
         update(state, 0.0, shared)
@@ -122,7 +124,7 @@ def training(
     used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident()
     return {
         "crops_per_s": steps * config.batch_size / elapsed,
-        "data_wait": waited / elapsed,
+        "data_wait": sum(fetch.idle() for fetch in fetches) / elapsed,
         "memory_gib": used / 2**30,
         "checkpoint_gib": 3 * sum(p.numel() * p.element_size() for p in state.model.parameters()) / 2**30,
     }

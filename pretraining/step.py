@@ -15,7 +15,7 @@ from nnunetv2_hiendmae.optim import decay_groups
 from pretraining import distributed
 from pretraining.config import RunConfig, Runtime
 from pretraining.data.stream import Batch, stored_crops
-from pretraining.device import Reading, on_device
+from pretraining.device import Fetch, Reading, on_device
 from pretraining.model import HiEndMAE
 from pretraining.precision import autocast
 from pretraining.recipe import start_small
@@ -72,8 +72,8 @@ class Step:
     """Steps taken with it."""
     batches: list[Batch]
     lr: float
-    waited: float
-    """Seconds for data, if the device had nothing left to do."""
+    fetch: Fetch
+    """Of its data."""
     reading: Reading
     """Of what ``agree`` returns."""
     is_recorded: bool = False

@@ -33,7 +33,7 @@ from pretraining.data.stream import (
     steps_of_epochs,
     stored_crops,
 )
-from pretraining.device import Reading, on_device
+from pretraining.device import Fetch, Reading, on_device
 from pretraining.flops import flops_per_crop, matrix_product
 from pretraining.initialise import initialise
 from pretraining.logs import Recorder
@@ -64,10 +64,11 @@ def train(
         Plateau: the run does not learn and was to be stopped then, after a checkpoint.
     """
     state = begin_or_continue(config, folder, device, resume)
-    network = prepare_network(state.model, runtime, device)
     train_cases, held_out_cases = split_cases(corpus, config.seed)
-    # A continued run asks for the crops of its next step: there is no sampler to restore.
+    # A continued run asks for the crops of its next step: there is no sampler to restore. Before the network: its
+    # first exchange of weights starts NCCL, and loader processes must not be forked after that.
     batches = train_batches(config, runtime, CropStream(corpus, config, train_cases), state.step, device)
+    network = prepare_network(state.model, runtime, device)
     held_out = held_out_crops(config, runtime, CropStream(corpus, config, held_out_cases, HELD_OUT))
     preview_every = steps_of_epochs(config.preview_epochs, len(train_cases), config.batch_size, config.crops_per_case)
     record = Recorder(config, state.step, folder, crop_seconds(config, device)) if distributed.rank() == 0 else None
@@ -79,7 +80,7 @@ def train(
         while state.step < config.steps:
             started = time.perf_counter()
             step_batches = [next(batches) for _ in range(runtime.accumulate)]
-            waited = (time.perf_counter() - started) * (queued is None or queued.reading.arrived())
+            fetch = Fetch(time.perf_counter() - started, None if queued is None else queued.reading, device)
             lr = config.base_lr * warmup_cosine(state.step, config.steps, config.warmup_steps)
             loss, grad_norm = backward(state, network, step_batches, config, device)
             shared = agree(state, loss, grad_norm, bool(stop))
@@ -90,7 +91,7 @@ def train(
 
             # Every rank does this at the same steps: what is asked for, or not sound, ends all loops at once.
             stopped = queued is not None and settle(queued, state, config, corpus, folder, device, record)
-            queued = Step(state.step, step_batches, lr, waited, Reading(shared))
+            queued = Step(state.step, step_batches, lr, fetch, Reading(shared))
             if validates or stopped:
                 stopped = settle(queued, state, config, corpus, folder, device, record) or stopped
             if record and not last_step and saver.due() and queued.is_sound():
@@ -148,7 +149,7 @@ def write_down(step: Step, record: Recorder) -> None:
     """A step's numbers, once."""
     if not step.is_recorded:
         loss, grad_norm, _, _ = step.reading.get()
-        record.step(step.number, loss, grad_norm, step.lr, step.waited)
+        record.step(step.number, loss, grad_norm, step.lr, step.fetch.idle())
         step.is_recorded = True
 
 
@@ -190,15 +191,18 @@ def finish(state: TrainState, config: RunConfig, corpus: Corpus, folder: Path, r
 def end_early(state: TrainState, config: RunConfig, saver: Saver, record: Recorder | None, stop: Stop) -> str | None:
     """Write a checkpoint and leave; returns None, as there is no encoder yet.
 
+    The first rank writes and tells why; the others just end. One that failed now would have the first one killed.
+
     Raises:
         KeyboardInterrupt: after Ctrl-C, so that the command ends with its exit code.
         Plateau: the run does not learn.
     """
-    if record:
-        saver.save(state.to_dict(config))
-        saver.wait()
-        record.close()
-        print(f"Stopped after step {state.step}; checkpoint written. The same command with --c continues.", flush=True)
+    if record is None:
+        return None
+    saver.save(state.to_dict(config))
+    saver.wait()
+    record.close()
+    print(f"Stopped after step {state.step}; checkpoint written. The same command with --c continues.", flush=True)
     if stop.signal == signal.SIGINT:
         raise KeyboardInterrupt
     if stop.plateau is not None:

@@ -19,6 +19,7 @@ import torch
 from conftest import DATASET, World
 from processes import ENDLESS, RUNS, SMALL, STARTED, descendants, start, wait_for
 
+from pretraining import distributed
 from pretraining.data.stream import split_cases
 
 PRETRAIN = Path(sys.executable).with_name("hiendmae_pretrain")
@@ -98,14 +99,34 @@ def test_signals_checkpoint_and_end(world: World, number: signal.Signals) -> Non
     assert latest["step"] == step >= 5
 
 
-def test_signal_reaches_every_rank(world: World) -> None:
-    process = start(
-        world, f"hiendmae_pretrain -d 901 {SMALL} -steps 100000 -batch_size 2 -val_every 5 -num_gpus 2 -run two"
-    )
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_reaches_every_rank(world: World, number: signal.Signals) -> None:
+    """Those that write nothing end quietly: a rank that fails has the others stopped, at work or not."""
+    process = start(world, f"{ENDLESS} -num_gpus 2 -run two_{number.name.lower()}")
     wait_for(process, "step 5/")
-    process.send_signal(signal.SIGTERM)  # to the launcher alone
+    if number == signal.SIGTERM:
+        process.send_signal(number)  # to the launcher alone
+    else:
+        os.killpg(process.pid, number)  # a terminal signals every process
     log, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "checkpoint written" in log and "Traceback" not in log
+    assert process.returncode == (130 if number == signal.SIGINT else 0), log
+    assert "checkpoint written" in log and "Traceback" not in log
+    assert log.count("hiendmae_pretrain: interrupted") == (number == signal.SIGINT)
+
+
+def test_a_failed_rank_leaves_the_others_time_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One deadline for all of them, and none is waited for longer than it works."""
+    monkeypatch.setattr(distributed, "GRACE_S", 2)
+    context = torch.multiprocessing.get_context("fork")
+    writing, *hanging = (context.Process(target=time.sleep, args=(s,)) for s in (0.5, 60, 60))
+    for process in (writing, *hanging):
+        process.start()
+    started = time.monotonic()
+    distributed.end_all([*hanging, writing])
+    for process in (writing, *hanging):
+        process.join(5)
+    assert writing.exitcode == 0 and [p.exitcode for p in hanging] == [-signal.SIGTERM] * 2
+    assert time.monotonic() - started < 10
 
 
 @pytest.mark.slow

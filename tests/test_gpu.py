@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
 from pretraining.config import PRESETS, RunConfig, Runtime
-from pretraining.device import Reading
+from pretraining.device import Fetch, Reading
 from pretraining.speed import random_batch
 from pretraining.step import TrainState, agree, backward, prepare_network, update
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+@needs_gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_nothing_in_a_step_waits_for_the_device(precision: str) -> None:
     """torch raises at every wait; numbers are read one step late, by an event."""
@@ -35,3 +39,28 @@ def test_nothing_in_a_step_waits_for_the_device(precision: str) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert all(torch.tensor(reading.get()).isfinite().all() for reading in readings[2:])
+
+
+@needs_gpu
+def test_waiting_is_only_what_the_device_waited() -> None:
+    """A fetch of 0.2 s: beside work of 0.5 s it cost nothing, after work that is done, all of its time."""
+    device = torch.device("cuda", 0)
+    cycles = 10**6
+    torch.cuda._sleep(cycles)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    torch.cuda._sleep(cycles)
+    end.record()
+    end.synchronize()
+    second = cycles * 1000 / begin.elapsed_time(end)
+    for work, idle in ((0.5, 0.0), (0.0, 0.2)):
+        torch.cuda._sleep(int(work * second))
+        before = Reading(torch.zeros(4, device=device))
+        time.sleep(0.2)
+        fetch = Fetch(0.2, before, device)
+        Reading(torch.zeros(4, device=device)).get()
+        assert fetch.idle() == pytest.approx(idle, abs=0.05)
+
+
+def test_elsewhere_a_fetch_is_waited_for() -> None:
+    assert Fetch(0.2, Reading(torch.zeros(4)), torch.device("cpu")).idle() == 0.2

@@ -100,6 +100,15 @@ def test_a_run_of_an_earlier_version_keeps_its_recipe(world: World) -> None:
     assert "peak rate 0.001 after 1 steps" in log and "Encoder weights" in log
 
 
+def test_a_run_keeps_its_precision_on_another_machine(world: World) -> None:
+    """Where it was left to the GPU that the run was started on, or was given only then."""
+    flags = f"hiendmae_pretrain -d 901 {SMALL} -steps 4 -run moved"
+    world.run(f"{flags} -precision bf16")
+    assert "1 × cpu, bf16," in world.run(f"{flags} --c")
+    log = world.run(f"{flags} --c -precision fp32", ok=False)
+    assert "precision" in log and "Repeat the original flags" in log
+
+
 def weights_in(folder: Path) -> set[str]:
     return {p.name for p in folder.glob("encoder_weights*.pth")}
 

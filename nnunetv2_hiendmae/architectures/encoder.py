@@ -152,7 +152,9 @@ class Encoder(nn.Module):
 
     def project(self, patches: Tensor) -> Tensor:
         """Flat patches ``(B, N, P)`` ordered ``(ph, pw, pd, c)`` to tokens ``(B, N, E)``; for a subset of the grid."""
-        weight = self.stem.weight.permute(0, 2, 3, 4, 1).flatten(1)  # (E, P)
+        weight = self.stem.weight  # (E, C, ph, pw, pd), to (E, P)
+        # With one channel there is nothing to permute, and the gradient keeps the layout that DDP's buckets have.
+        weight = weight.flatten(1) if weight.shape[1] == 1 else weight.permute(0, 2, 3, 4, 1).flatten(1)
         return F.linear(patches, weight, self.stem.bias)
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from nnunetv2_hiendmae.checks import MAX_COUNT, check_count
-from nnunetv2_hiendmae.command import CommandParser, run_command, verdict
+from nnunetv2_hiendmae.command import CommandParser, full_memory, run_command, verdict
 from nnunetv2_hiendmae.files import alone_in, dataset_ids, dataset_name, read_json
 from pretraining import distributed
 from pretraining.checkpoint import export_encoder, load_checkpoint, open_run, run_folder, weights_name
@@ -41,12 +41,15 @@ EXAMPLES = """Examples:
 """
 RECIPE = ("base_lr", "warmup_steps", "weight_init")
 """What ``choose_recipe`` fills in where the user leaves it open."""
+LEFT_OPEN = (*RECIPE, "precision")
+"""What a continued run has as it was started where the user leaves it open, on another GPU as well."""
 KEEPING = ("checkpoint_minutes", "keep_checkpoints", "stop_on_plateau")
 """Fields of Runtime beside those that speed depends on."""
 CONFIG_FILE = "config.json"
 ESTIMATE_S = 10.0
 """Of steps that ``--estimate`` looks at."""
 LESS_MEMORY = "Use -accumulate or --activation_checkpointing, or lower -batch_size."
+FEWER_WORKERS = "Use fewer loader processes (-num_workers), or ask for more memory."
 AGAIN = "--c continues from the last checkpoint"
 
 
@@ -131,7 +134,7 @@ def make_config(args: argparse.Namespace, corpus: Corpus) -> RunConfig:
 
 
 def as_started(config: RunConfig, args: argparse.Namespace, folder: Path) -> RunConfig:
-    """What the user left to the recipe stays as it was when the run was started, by an earlier version too."""
+    """What the user left open stays as it was when the run was started, by an earlier version or on another GPU."""
     file = folder / CONFIG_FILE
     saved = read_json(file) if file.is_file() else load_checkpoint(folder)["config"]
     try:
@@ -140,7 +143,7 @@ def as_started(config: RunConfig, args: argparse.Namespace, folder: Path) -> Run
         raise ValueError(
             f"{file} does not describe a run ({error}). Remove it: the checkpoint knows as well."
         ) from None
-    open_fields = [name for name in RECIPE if getattr(args, name) is None]
+    open_fields = [name for name in LEFT_OPEN if getattr(args, name) is None]
     return replace(config, recipe=started.recipe, **{name: getattr(started, name) for name in open_fields})
 
 
@@ -211,8 +214,9 @@ def work(job: Job) -> None:
         pretrain(job)
     except BaseException as error:  # whatever it is, the other ranks must not wait for this one
         code, line = verdict(error, AGAIN)
-        if "memory is full" in line:
-            line = f"error: the memory of {job.runtime.device} is full. {LESS_MEMORY}"
+        if full := full_memory(error):
+            less = FEWER_WORKERS if full == "this machine" and job.runtime.device != "cpu" else LESS_MEMORY
+            line = f"error: the memory of {full} is full. {less}"
         print(f"hiendmae_pretrain: {line}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(code)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from nnunetv2_hiendmae.checks import Size
 from nnunetv2_hiendmae.crops import read_padded
@@ -137,15 +139,18 @@ class PackedCorpus:
         return read_padded(self.volume(case), start, size, self.air[self.index["dataset"][case]])
 
     def _map(self, shard: int, kind: str) -> Any:
-        """Copy-on-write map: torch wants writable memory, the file is never written."""
+        """Read-only map, which costs no memory of its own, also where a machine counts what could be written."""
         if (shard, kind) not in self._shards:
             file = shard_file(self.folder, shard, kind)
             try:
                 if file.suffix == ".npy":
-                    mapped = np.asarray(np.load(file, mmap_mode="c", allow_pickle=False))
+                    mapped = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
                 else:
-                    mapped = np.asarray(np.memmap(file, DTYPES[self.bits], mode="c"))
+                    mapped = np.asarray(np.memmap(file, DTYPES[self.bits], mode="r"))
             except (OSError, EOFError, ValueError) as error:
                 raise ValueError(f"Cannot read {file} ({error}). Check with 'hiendmae_pack --verify'.") from None
+            with warnings.catch_warnings():  # torch warns, once a process, that nobody must write here; nobody does
+                warnings.simplefilter("ignore")
+                torch.from_numpy(mapped[:0])
             remember(self._shards, (shard, kind), mapped, 2 * OPEN_SHARDS)
         return self._shards[shard, kind]
