@@ -32,6 +32,8 @@ ALIKE = 20
 """Bits in which two places of one scan must differ to count as two."""
 SAME_PLACES, FEW_PLACES = 12, 10
 """Places that two scans must share to be of one patient: half of those of the scan that has fewer, within these."""
+MUCH_LARGER = 4
+"""Times the scans of a newer index that an older one has before both stay apart."""
 
 Bits = np.ndarray
 """``(n, 8)`` uint16: 128 bits of each of up to 48 places."""
@@ -167,14 +169,14 @@ class Known:
     """Fingerprints by name, and the search for those of the same patient.
 
     Places that differ in at most 7 of 128 bits have one of 8 words in common, so only places that share a word with
-    one that is looked for are compared (multi-index hashing): a search takes time by what is alike, not by what there
-    is.
+    one that is looked for are compared (multi-index hashing). Scans may be added between searches: new ones are sorted
+    into an index of their own, and indexes are put together when the next is not much larger, so that there are few.
     """
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self._bits: list[Bits] = []
-        self._indexed = 0
+        self._indexes: list[Index] = []
 
     def add(self, name: str, bits: Bits) -> None:
         """A fingerprint of one more scan; one without places is never found."""
@@ -183,29 +185,39 @@ class Known:
 
     def find(self, bits: Bits) -> list[str]:
         """Names of the scans of the same patient, the one that shares most places first."""
-        if not len(bits) or not self.names:
+        if not len(bits):
             return []
-        if len(self.names) > 1.1 * self._indexed:
-            self._index()
-        shared = self._count(bits, self._all, self._owner, self._candidates(turned(bits)))
-        for i in range(self._indexed, len(self.names)):  # added since: all with all
-            pairs = np.indices((48 * len(bits), len(self._bits[i]))).reshape(2, -1)
-            shared |= self._count(bits, self._bits[i], np.full(len(self._bits[i]), i), pairs)
+        self._index()
+        ways, shared = turned(bits), dict[int, int]()
+        for index in self._indexes:
+            shared |= index.count(ways)
         enough = [(n, i) for i, n in shared.items() if n >= needed(len(bits), len(self._bits[i]))]
         return [self.names[i] for _, i in sorted(enough, key=lambda pair: (-pair[0], pair[1]))]
 
     def _index(self) -> None:
-        """Sort every word of every place."""
-        self._indexed = len(self.names)
-        self._all = np.concatenate(self._bits)
-        self._owner = np.repeat(np.arange(len(self._bits)), [len(b) for b in self._bits])
-        self._order = [np.argsort(words, kind="stable").astype(np.int32) for words in self._all.T]
-        self._sorted = [words[order] for words, order in zip(self._all.T, self._order, strict=True)]
+        """Sort what is new, together with what is not much larger."""
+        end, first = len(self.names), self._indexes[-1].end if self._indexes else 0
+        if first == end:
+            return
+        while self._indexes and self._indexes[-1].end - self._indexes[-1].first <= MUCH_LARGER * (end - first):
+            first = self._indexes.pop().first
+        self._indexes.append(Index(self._bits[first:], first))
 
-    def _candidates(self, ways: Bits) -> np.ndarray:
-        """``(2, pairs)``: a place of a way (flat index) and a known place that have a word in common."""
-        flat, pairs = ways.reshape(-1, BITS // 16), []
-        for word, order, known in zip(flat.T, self._order, self._sorted, strict=True):
+
+class Index:
+    """Every word of every place of some scans, sorted."""
+
+    def __init__(self, scans: list[Bits], first: int) -> None:
+        self.first, self.end = first, first + len(scans)
+        self.all = np.concatenate(scans)
+        self.owner = first + np.repeat(np.arange(len(scans)), [len(bits) for bits in scans])
+        self.order = [np.argsort(words, kind="stable").astype(np.int32) for words in self.all.T]
+        self.sorted = [words[order] for words, order in zip(self.all.T, self.order, strict=True)]
+
+    def candidates(self, flat: Bits) -> np.ndarray:
+        """``(2, pairs)``: a place that is looked for and a known place that have a word in common."""
+        pairs = []
+        for word, order, known in zip(flat.T, self.order, self.sorted, strict=True):
             first, end = np.searchsorted(known, word, "left"), np.searchsorted(known, word, "right")
             count = end - first
             query = np.repeat(np.arange(len(flat)), count)
@@ -213,19 +225,20 @@ class Known:
             pairs.append(np.stack([query, order[np.repeat(first, count) + within]]))
         return np.concatenate(pairs, axis=1)
 
-    def _count(self, bits: Bits, known: Bits, owner: np.ndarray, pairs: np.ndarray) -> dict[int, int]:
-        """Places that the scan and each owner share, in the way that shares most."""
-        query, other = pairs
-        near = ONES[turned(bits).reshape(-1, BITS // 16)[query] ^ known[other]].sum(1) <= MAX_DIFFERENT
+    def count(self, ways: Bits) -> dict[int, int]:
+        """Places that a scan, turned ``(48, n, 8)``, and each owner share, in the way that shares most."""
+        flat = ways.reshape(-1, BITS // 16)
+        query, other = self.candidates(flat)
+        near = ONES[flat[query] ^ self.all[other]].sum(1) <= MAX_DIFFERENT
         query, other = query[near], other[near].astype(np.int64)
-        scans = owner[other] * 48 + query // len(bits)  # an owner, a way
+        scans = self.owner[other] * len(ways) + query // ways.shape[1]  # an owner, a way
         ours = np.unique(np.stack([scans, query]), axis=1)[0]  # a place counts once, theirs too: who looks for whom
         theirs = np.unique(np.stack([scans, other]), axis=1)[0]  # makes no difference
         best: dict[int, int] = {}
-        ways, counts = np.unique(ours, return_counts=True)
+        pairs, counts = np.unique(ours, return_counts=True)
         counts = np.minimum(counts, np.unique(theirs, return_counts=True)[1])
-        for name, count in zip((ways // 48).tolist(), counts.tolist(), strict=True):
-            best[name] = max(best.get(name, 0), count)
+        for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
+            best[pair // len(ways)] = max(best.get(pair // len(ways), 0), count)
         return best
 
 

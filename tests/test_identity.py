@@ -61,8 +61,10 @@ def test_search_with_and_without_an_index_agree() -> None:
     for i in range(30):
         at_once.add(f"more {i}", np.random.default_rng(i).integers(0, 2**16, (48, 8)).astype(np.uint16))
         one_by_one.find(prints[0])
+        one_by_one.add(f"more {i}", np.random.default_rng(i).integers(0, 2**16, (48, 8)).astype(np.uint16))
     for i, bits in enumerate(prints):
         assert one_by_one.find(bits) == at_once.find(bits) == [str(i)]
+    assert one_by_one.names == at_once.names and len(one_by_one._indexes) > len(at_once._indexes) == 1
 
 
 def test_a_scan_without_structure_is_never_found() -> None:
