@@ -32,9 +32,6 @@ ALIKE = 20
 """Bits in which two places of one scan must differ to count as two."""
 SAME_PLACES, FEW_PLACES = 12, 10
 """Places that two scans must share to be of one patient: half of those of the scan that has fewer, within these."""
-COMMON_SHARE, COMMON_LEAST = 1 / 2000, 64
-"""A word that more than this share of the places of an index have, and more than so many, is not looked up: in real CT
-a quarter of the words make nine tenths of the pairs. Most places have rarer ones too, and 12 of 48 are enough."""
 MUCH_LARGER = 4
 """Times the scans of a newer index that an older one has before both stay apart."""
 
@@ -42,7 +39,7 @@ Bits = np.ndarray
 """``(n, 8)`` uint16: 128 bits of each of up to 48 places."""
 
 ONES = np.unpackbits(np.arange(2**16, dtype=np.uint16).view(np.uint8).reshape(-1, 2), axis=1).sum(1, dtype=np.uint8)
-"""In each 16-bit word. numpy 1 has no ``bitwise_count``."""
+"""In each 16-bit word."""
 SPOTS = np.array(list(product(range(-2, 3), repeat=3)))
 TURNS = [
     np.eye(3, dtype=int)[list(p)] * np.array(s) for p in permutations(range(3)) for s in product((1, -1), repeat=3)
@@ -105,7 +102,7 @@ def distinct(bits: Bits) -> Bits:
     """Without the places that look like one before them: all along a rod, they say nothing of who it is."""
     kept: list[int] = []
     for i, place in enumerate(bits):
-        if not kept or ONES[bits[kept] ^ place].sum(1).min() > ALIKE:
+        if not kept or different(bits[kept], place[None]).min() > ALIKE:
             kept.append(i)
     return bits[kept]
 
@@ -168,6 +165,13 @@ def turned(bits: Bits) -> Bits:
     return packed(ways)
 
 
+def different(places: Bits, others: Bits) -> np.ndarray:
+    """In how many bits places ``(n, 8)`` and others differ, ``(n,)``."""
+    if hasattr(np, "bitwise_count"):  # since numpy 2: two long words instead of eight look-ups
+        return np.bitwise_count(places.view(np.uint64) ^ others.view(np.uint64)).sum(1, dtype=np.uint8)
+    return ONES[places ^ others].sum(1, dtype=np.uint8)
+
+
 class Known:
     """Fingerprints by name, and the search for those of the same patient.
 
@@ -217,24 +221,22 @@ class Index:
         self.order = [np.argsort(words, kind="stable").astype(np.int32) for words in self.all.T]
         self.sorted = [words[order] for words, order in zip(self.all.T, self.order, strict=True)]
 
-    def candidates(self, flat: Bits) -> np.ndarray:
-        """``(2, pairs)``: a place that is looked for and a known place that have a word in common, not a common one."""
-        pairs = []
-        for word, order, known in zip(flat.T, self.order, self.sorted, strict=True):
+    def near(self, flat: Bits) -> np.ndarray:
+        """``(2, pairs)``: a place that is looked for and a known place like it; some pairs more than once."""
+        found = []
+        for word, order, known in zip(flat.T, self.order, self.sorted, strict=True):  # a word at a time: less memory
             first, end = np.searchsorted(known, word, "left"), np.searchsorted(known, word, "right")
             count = end - first
-            count[count > max(COMMON_LEAST, len(known) * COMMON_SHARE)] = 0
             query = np.repeat(np.arange(len(flat)), count)
             within = np.arange(len(query)) - np.repeat(np.cumsum(count) - count, count)
-            pairs.append(np.stack([query, order[np.repeat(first, count) + within]]))
-        return np.concatenate(pairs, axis=1)
+            other = order[np.repeat(first, count) + within]
+            alike = different(flat[query], self.all[other]) <= MAX_DIFFERENT
+            found.append(np.stack([query[alike], other[alike]]))
+        return np.concatenate(found, axis=1)
 
     def count(self, ways: Bits) -> dict[int, int]:
         """Places that a scan, turned ``(48, n, 8)``, and each owner share, in the way that shares most."""
-        flat = ways.reshape(-1, BITS // 16)
-        query, other = self.candidates(flat)
-        near = ONES[flat[query] ^ self.all[other]].sum(1) <= MAX_DIFFERENT
-        query, other = query[near], other[near].astype(np.int64)
+        query, other = self.near(ways.reshape(-1, BITS // 16))
         scans = self.owner[other] * len(ways) + query // ways.shape[1]  # an owner, a way
         ours = np.unique(np.stack([scans, query]), axis=1)[0]  # a place counts once, theirs too: who looks for whom
         theirs = np.unique(np.stack([scans, other]), axis=1)[0]  # makes no difference

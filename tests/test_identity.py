@@ -10,7 +10,7 @@ import SimpleITK as sitk
 from conftest import shared_folder
 from scipy.ndimage import zoom
 
-from nnunetv2_hiendmae.identity import SAME_PLACES, Known, fingerprint, from_text, needed, to_text
+from nnunetv2_hiendmae.identity import SAME_PLACES, Known, different, fingerprint, from_text, needed, to_text
 from pretraining.phantom import make_phantom
 
 SPACING = (5.0, 4.0, 4.0)
@@ -75,6 +75,14 @@ def test_a_scan_without_structure_is_never_found() -> None:
         assert known.find(bits) == []
         known.add(str(seed), bits)
     assert needed(48, 48) == SAME_PLACES and needed(3, 48) > 3
+
+
+def test_bits_are_counted_alike_with_every_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = np.random.default_rng(0).integers(0, 2**16, (2, 50, 8)).astype(np.uint16)
+    expected = np.unpackbits((a ^ b).view(np.uint8), axis=1).sum(1)
+    assert np.array_equal(different(a, b), expected)
+    monkeypatch.delattr(np, "bitwise_count", raising=False)  # numpy 1 has none
+    assert np.array_equal(different(a, b), expected)
 
 
 def test_text_and_back() -> None:
