@@ -48,17 +48,24 @@ def holds_hu(name: str, properties: dict[str, Any]) -> bool:
     return evidence in (Evidence.LIKELY, Evidence.SURE) or (evidence is Evidence.UNCLEAR and names_ct(name))
 
 
+MAPS = r"(?<![a-z])(?:cbf|cbv|mtt|tmax|ttp)(?![a-z])"
+"""Perfusion maps."""
+
+
 def names_ct(name: str) -> bool:
-    """Whether a channel's name in dataset.json speaks of CT: ct, CTA, CBCT, CT_portal, "contrast CT", HU …"""
-    return (
-        re.search(r"(?<![a-z])(?:(?:cb|nc|ce|hr|ld|d|pet)?ct[avp]?|hu|hounsfield)(?![a-z])|tomogra", name.casefold())
-        is not None
-    )
+    """Whether a channel's name in dataset.json speaks of CT: ct, CTA, CBCT, CT_portal, "contrast CT", HU …
+
+    Not "CT1", which is a contrast-enhanced T1 as often as a first CT, nor maps computed from CT (CBF, Tmax …).
+    """
+    words = r"(?<![a-z])(?:(?:cb|nc|ce|hr|ld|d|pet)?ct[avp]?|hu|hounsfield)(?![a-z1])|tomogra"
+    return re.search(words, name.casefold()) is not None and re.search(MAPS, name.casefold()) is None
 
 
 def names_other(name: str) -> bool:
     """Whether a channel's name speaks of another modality than CT: MR and its sequences, PET, ultrasound."""
-    words = r"(?<![a-z])(?:mri?|t1\w*|t2\w*|flair|adc|dwi|pd|swi|dixon|pet|suv|fdg|spect|us)(?![a-z])|ultrasound"
+    words = (
+        MAPS + r"|(?<![a-z])(?:mri?|t1\w*|t2\w*|flair|adc|dwi|pd|swi|dixon|pet|suv|fdg|spect|us)(?![a-z])|ultrasound"
+    )
     return re.search(words, name.casefold()) is not None and not names_ct(name)
 
 

@@ -86,9 +86,12 @@ def set_folder(variable: Any, name: str, purpose: str) -> Path:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name only when it is whole and on disk; else an older one stays."""
-    temporary = path.with_name(path.name + ".tmp")
+def atomic_file(path: Path, unfinished: str = ".tmp") -> Iterator[BinaryIO]:
+    """A file that appears under its name only when it is whole and on disk; else an older one stays.
+
+    Until then its name ends on ``unfinished``: several processes that may write it at once need an end each.
+    """
+    temporary = path.with_name(path.name + unfinished)
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -172,10 +172,13 @@ def clip_warning(channels: list[ChannelIntensity], window: Window, plans_name: s
     cut = [f"channel {c}: {i.clip_hu[0]:g}…{i.clip_hu[1]:g} HU" for c, i in enumerate(channels) if i.cuts(window)]
     if not cut:
         return None
+    if DEFAULT_WINDOW[0] <= window[0] and window[1] <= DEFAULT_WINDOW[1]:
+        remedy = "Plans made with -pl HiEndMAEPlanner keep the whole window."
+    else:
+        remedy = "Wider intensity bounds in the plans, and preprocessing anew, would keep the whole window."
     return (
         f"{plans_name} clip images to {', '.join(cut)}, which cuts into the window {window[0]:g}…{window[1]:g} HU "
-        f"the encoder was trained on. Values beyond the clip arrive as its limit. Plans made with "
-        f"-pl HiEndMAEPlanner keep the whole window."
+        f"the encoder was trained on. Values beyond the clip arrive as its limit. {remedy}"
     )
 
 

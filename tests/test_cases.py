@@ -105,6 +105,23 @@ def test_the_same_cases_continue(copy: World) -> None:
     assert "1 added" in ended(command, copy, 2)
 
 
+def test_other_patients_are_refused(copy: World) -> None:
+    """Who is held out follows from patients.csv: with another table, former held-out cases would be trained on."""
+    command, record = f"hiendmae_pretrain -d 901 {SIZE}", copy.root / RUNS / "nano_901" / CASES
+    held_out = json.loads(record.read_text(encoding="utf-8"))["held_out"]
+    names = [f"phantom_00{i}" for i in range(6)]
+    trained = [name for name in names if f"{DATASET}/{name}" not in held_out]
+    together = [trained[0], held_out[0].split("/")[1]]
+    rows = [f"{name},{'one' if name in together else name}" for name in names]
+    table = copy.root / "raw" / DATASET / "patients.csv"
+    table.write_text("\n".join(["case,patient", *rows, ""]), encoding="utf-8")
+    assert "patients.csv in nnUNet_raw has changed" in ended(f"{command} --c", copy, 2)
+    table.unlink()
+    ended(f"{command} --c", copy, 0)
+    record.write_text(json.dumps(json.loads(record.read_text(encoding="utf-8"))["cases"]), encoding="utf-8")
+    ended(f"{command} --c", copy, 0)  # as an earlier version wrote it
+
+
 def test_a_packed_corpus_that_was_packed_again(copy: World) -> None:
     one_voxel(copy)
     shutil.rmtree(copy.root / "preprocessed" / "HiEndMAE_packed_cases")
@@ -138,8 +155,8 @@ def test_a_hundred_thousand_cases(tmp_path: Path) -> None:
     cases = case_marks(ManyCases(100_000))  # type: ignore[arg-type]
     (tmp_path / CASES).write_text(json.dumps(dict(list(cases.items())[:-20])), encoding="utf-8")
     with pytest.raises(ValueError, match=r"20 added \(.*/case_099984 and 15 more\)"):
-        refuse_other_cases(tmp_path, cases)
+        refuse_other_cases(tmp_path, cases, [])
     assert len(cases) == 100_000 and time.process_time() - started < 20
     (tmp_path / CASES).write_text(json.dumps(dict(reversed(cases.items()))), encoding="utf-8")
     with pytest.raises(ValueError, match="they come in another order"):
-        refuse_other_cases(tmp_path, cases)
+        refuse_other_cases(tmp_path, cases, [])

@@ -13,6 +13,7 @@ from golden import SHARED
 from nnunetv2_hiendmae.channels import Evidence, channel_names, hu_evidence, names_ct
 from nnunetv2_hiendmae.intensity import DEFAULT_WINDOW, ChannelIntensity, channel_intensity, channel_lines
 from nnunetv2_hiendmae.nnunet.planner import name_by_values
+from nnunetv2_hiendmae.nnunet.settings import BLOCK, FineTuneSettings
 from pretraining.doctor.dataset import check_channels
 from pretraining.phantom import make_phantom
 
@@ -51,8 +52,12 @@ def test_values_tell(properties: dict[str, float], expected: Evidence) -> None:
 
 
 def test_names_tell() -> None:
-    assert all(map(names_ct, ("CT", "ct", "CTA", "CBCT", "CT_portal", "portal-CT", "CT1", "4DCT", "HU", "CT (venous)")))
-    assert not any(map(names_ct, ("PET", "SPECT", "contrast", "T1", "ADC", "T2_tract", "MR", "noNorm", "")))
+    assert all(map(names_ct, ("CT", "ct", "CTA", "CBCT", "CT_portal", "portal-CT", "CT2", "4DCT", "HU", "CT (venous)")))
+    assert not any(
+        map(
+            names_ct, ("PET", "SPECT", "contrast", "T1", "ADC", "T2_tract", "MR", "noNorm", "CT1", "ct1w", "CT_CBF", "")
+        )
+    )
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real CT in {SHARED}")
@@ -108,7 +113,8 @@ def test_raw_hu_is_mapped_exactly() -> None:
     ("name", "properties", "planned"),
     [("CT", ORGANS, "CT"), ("CT", SUV, "zscore"), ("CT", MR, "CT"), ("CTA", ORGANS, "CT"), ("cbct", BONE, "CT"),
      ("MRI", BODY, "MRI"), ("T1w", BODY, "T1w"), ("PET", SUV, "PET"), ("CTA", SUV, "CTA"), ("zscore", BODY, "zscore"),
-     ("noNorm", BODY, "noNorm"), ("scan", LIVER, "scan"), ("scan", ORGANS, "CT")],
+     ("noNorm", BODY, "noNorm"), ("scan", LIVER, "scan"), ("scan", ORGANS, "CT"),
+     ("CT1", MR, "CT1"), ("CT1", ORGANS, "CT"), ("CT_Tmax", statistics(RNG.uniform(0, 250, 9999)), "CT_Tmax")],
 )  # fmt: skip
 def test_the_planner_goes_by_values_and_names(name, properties, planned) -> None:
     assert name_by_values(name, properties) == planned
@@ -148,3 +154,14 @@ def test_a_ct_of_another_name_is_never_silent(renamed: World) -> None:
     log = renamed.run("nnUNetv2_plan_experiment -d 901 -pl HiEndMAEPlanner")
     assert "channel 0 (CTA): its values are those of CT" in log
     assert "channel 0 (CTA): HUWindowNormalization, mapped onto the window from HU." in log
+
+
+@pytest.mark.parametrize(
+    "block",
+    [{"initial_lr": "1e-4"}, {"initial_lr": None}, {"vit_patch_size": 8}, {"window_hu": 5}, {"weights": 5},
+     {"architecture": {"kind": "vit", "embed_dim": 384}}, {"architecture": ["tiny"]}, {"epochs": 3}, None, "tiny"],
+)  # fmt: skip
+def test_a_block_of_other_types_gets_a_sentence(block: object) -> None:
+    """Written by hand, or by an editor that turns numbers into text."""
+    with pytest.raises(ValueError, match="'hiendmae' block"):
+        FineTuneSettings.from_configuration({BLOCK: block})

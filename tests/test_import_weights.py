@@ -146,6 +146,8 @@ def named_twice() -> dict[str, torch.Tensor]:
         (lambda: {**official_state(), "mask_token": 3}, ["-num_heads", 2], "no floating-point tensors: mask_token"),
         (lambda: [1, 2], [], "holds no dict of named tensors"),
         (lambda: {"state_dict": torch.nn.Linear(2, 2)}, [], "it holds objects of torch.nn.modules.linear.Linear"),
+        (lambda: {"network_weights": {}, "step": 3, "config": {}}, [], "is a checkpoint of hiendmae_pretrain. Take"),
+        (lambda: {"network_weights": {}, PLAN: [1]}, [], "is no sound nnssl checkpoint"),
         (lambda: {"network_weights": {}, PLAN: {"architecture_plans": {"arch_class_name": "ResEncL"}}}, [],
          "holds the architecture 'ResEncL', which is not a Hi-End-MAE ViT"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import shutil
 import signal
@@ -10,8 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -24,6 +27,7 @@ from pretraining.prepare.geometry import Refused
 from pretraining.prepare.provenance import excluded_cases, refuse_excluded, remove_excluded
 from pretraining.prepare.quality import content_hash
 from pretraining.prepare.read import read
+from pretraining.prepare.report import Row, draw_sheets
 
 
 @pytest.fixture
@@ -113,7 +117,7 @@ def test_exclusions_hold_in_every_order(place: World, tmp_path: Path) -> None:
     patient(0, heap / "later.nii.gz", lambda v: v[:, ::-1])
     log = place.run(command, ok=False)
     assert "REFUSED later.nii.gz: patient to keep out: same patient as Dataset017_Task" in log
-    with pytest.raises(ValueError, match=f"took out {case}, but the data hold them still"):
+    with pytest.raises(ValueError, match=f"refuses by now {case}, but the data hold them still"):
         refuse_in(place, case)
     remove_excluded(volume.parent)
     assert not volume.exists()
@@ -241,7 +245,7 @@ def test_full_disk_keeps_what_is_there(place: World, tmp_path: Path) -> None:
         ("-i /nowhere -d 510 -n Heap", "-i /nowhere is no folder"),
         ("-i . -d 0 -n Heap", "-d 0 must be 1…999"),
         ("-i . -d 510 -n two__parts", "'two__parts'"),
-        ("-i . -d 510 -n Heap -np 0", "-np 0 must be at least 1"),
+        ("-i . -d 510 -n Heap -np 0", "-np 0 must be an integer of at least 1"),
         ("-i . -d 510 -n Heap --exclude_overlap 888", "888"),
         ("-i . -d 17 -n Heap", "-d 17 is taken by Dataset017_Task"),
     ],
@@ -250,3 +254,115 @@ def test_mistakes_get_one_line(place: World, flags: str, message: str) -> None:
     (place.root / "raw" / "Dataset017_Task").mkdir()
     log = place.run(f"hiendmae_ingest {flags}", ok=False)
     assert message in log and "Traceback" not in log
+
+
+def test_what_readers_turn_into_zero_is_refused(place: World, tmp_path: Path) -> None:
+    """NaN and infinity in NIfTI, packed or not, in each byte order; the same volume without them is accepted."""
+    heap = tmp_path / "heap"
+    voxels = sitk.GetArrayFromImage(ct(1)).astype(np.float32)
+    for name, value in (("sound", 40.0), ("nan", np.nan), ("infinite", -np.inf)):
+        voxels[3, 4, 5] = value
+        image = nibabel.Nifti1Image(voxels.T.copy(), np.diag([2.0, 2.0, 3.0, 1.0]))
+        heap.mkdir(exist_ok=True)
+        nibabel.save(image, heap / f"{name}.nii.gz")
+    header = nibabel.Nifti1Header(endianness=">")
+    header.set_data_dtype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(voxels.T.copy(), np.diag([2.0, 2.0, 3.0, 1.0]), header), heap / "big.nii")
+    place.run(f"hiendmae_ingest -i {heap} -d 510 -n Heap -np 1", ok=False)
+    rows = table(place)
+    assert rows["sound.nii.gz"]["status"] == "accepted"
+    for name in ("nan.nii.gz", "infinite.nii.gz", "big.nii"):
+        assert rows[name]["reason"].startswith("NaN or infinite voxels"), rows[name]
+
+
+def test_no_part_of_a_heap_is_passed_over(tmp_path: Path) -> None:
+    """Linked folders once each, also in a ring; folders nobody may read; voxels without a header."""
+    heap, elsewhere = tmp_path / "heap", tmp_path / "elsewhere"
+    write(ct(1), heap / "a.nii.gz")
+    write(ct(2), elsewhere / "b.mha")
+    write(ct(3), heap / "pair" / "c.mhd")
+    (heap / "site").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(heap)
+    (heap / "d.img").write_bytes(b"voxels")
+    (heap / "lost.raw").write_bytes(b"voxels")
+    assert [source.name for source in find_sources(heap)] == [
+        "a.nii.gz",
+        "d.img",
+        "lost.raw",
+        "pair/c.mhd",
+        "site/b.mha",
+    ]
+    (heap / "closed").mkdir(mode=0)
+    if os.access(heap / "closed", os.R_OK):
+        pytest.skip("this user may read everything")
+    assert [source.name for source in find_sources(heap)][-1] == "closed"
+
+
+def test_a_folder_that_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on a network storage that went away; root may read what others may not."""
+
+    def gone(path: str) -> list[str]:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr(os, "listdir", gone)
+    with pytest.raises(Refused, match=os.strerror(errno.ESTALE)):
+        read(Source("closed", (str(tmp_path / "closed"),)))
+
+
+def test_another_heap_does_not_replace_the_first(place: World, tmp_path: Path) -> None:
+    """Case names follow from paths below -i; the same heap by another path is the same."""
+    for seed, site in enumerate("ab"):
+        patient(seed, tmp_path / site / "001.nii.gz")
+    place.run(f"hiendmae_ingest -i {tmp_path / 'a'} -d 510 -n Heap -np 1")
+    log = place.run(f"hiendmae_ingest -i {tmp_path / 'b'} -d 510 -n Heap -np 1", ok=False)
+    assert f"was made from {tmp_path / 'a'}" in log and len(images(place)) == 1
+    (tmp_path / "again").symlink_to(tmp_path / "a")
+    before = table(place)
+    place.run(f"hiendmae_ingest -i {tmp_path / 'again'} -d 510 -n Heap -np 1")
+    assert table(place) == before
+    (tmp_path / "empty").mkdir()
+    assert "holds no files" in place.run(f"hiendmae_ingest -i {tmp_path / 'empty'} -d 511 -n Empty -np 1", ok=False)
+
+
+def test_every_channel_is_kept_out(place: World, tmp_path: Path) -> None:
+    """Phases of a scan, and the CT of PET/CT, are channels of a test case."""
+    patient(0, place.root / "raw/Dataset017_Task/imagesTs/case_0000.nii.gz")
+    patient(1, place.root / "raw/Dataset017_Task/imagesTs/case_0001.nii.gz")
+    patient(1, tmp_path / "heap" / "copy.nii.gz")
+    log = place.run(f"hiendmae_ingest -i {tmp_path / 'heap'} -d 510 -n Heap --exclude_overlap 17 -np 1", ok=False)
+    assert "0 accepted, 1 refused" in log and "Dataset017_Task/imagesTs/case_0001.nii.gz" in log
+
+
+def test_scans_that_change_their_names(place: World, tmp_path: Path) -> None:
+    """A new scan in front of the others, which are numbered anew, is no duplicate; one that is spoilt goes."""
+    heap, command = tmp_path / "heap", f"hiendmae_ingest -i {tmp_path / 'heap'} -d 510 -n Heap -np 1"
+    for seed in (1, 2):
+        patient(seed, heap / f"00{seed}.nii.gz")
+    place.run(command)
+    case = table(place)["002.nii.gz"]["case"]
+    volume = place.root / f"preprocessed/Dataset510_Heap/HiEndMAEPlans_3d_fullres/{case}.b2nd"
+    volume.parent.mkdir(parents=True)
+    volume.touch()
+    for number, seed in enumerate((7, 1, 2), 1):
+        patient(seed, heap / f"00{number}.nii.gz")
+    assert "3 accepted, 0 refused" in place.run(command)
+    (heap / "002.nii.gz").write_bytes(b"spoilt")
+    assert "2 accepted, 1 refused" in place.run(command, ok=False) and len(images(place)) == 2
+    assert excluded_cases(volume.parent.parent) == {case}
+    patient(1, heap / "002.nii.gz")
+    assert "3 accepted, 0 refused" in place.run(command) and excluded_cases(volume.parent.parent) == set()
+
+
+def test_sheets_before_the_first_change_stay(tmp_path: Path) -> None:
+    rows = [Row(input=f"{i:03d}", status="accepted") for i in range(100)]
+    draw_sheets(rows, tmp_path, "accepted", ["000"])
+    times = [file.stat().st_mtime_ns for file in sorted(tmp_path.glob("*.png"))]
+    draw_sheets(rows, tmp_path, "accepted", [])
+    assert [file.stat().st_mtime_ns for file in sorted(tmp_path.glob("*.png"))] == times and len(times) == 3
+    (tmp_path / "accepted_000.png").unlink()
+    draw_sheets(rows[:90], tmp_path, "accepted", ["060"])
+    after = [file.stat().st_mtime_ns for file in sorted(tmp_path.glob("*.png"))]
+    assert len(after) == 2 and after[0] != times[0] and after[1] != times[1]
+    draw_sheets([*rows[:90], replace(rows[95], reason="new")], tmp_path, "accepted", ["095"])
+    assert sorted(tmp_path.glob("*.png"))[0].stat().st_mtime_ns == after[0]

@@ -157,6 +157,16 @@ def test_plan_refuses_in_one_line(world: World, flags: str, message: str) -> Non
     assert message in log and "Traceback" not in log
 
 
+def test_plans_of_nnunet_with_our_name_are_not_overwritten(world: World) -> None:
+    folder = world.root / "preprocessed" / DATASET
+    plans = (folder / "nnUNetPlans.json").read_text(encoding="utf-8").replace("nnUNetPlans", "hiendmae_iso")
+    (folder / "hiendmae_iso.json").write_text(plans, encoding="utf-8")
+    log = world.run("hiendmae_plan -d 901 -p nnUNetPlans -plans_name hiendmae_iso", ok=False)
+    assert "was not written by hiendmae_plan" in log
+    assert (folder / "hiendmae_iso.json").read_text(encoding="utf-8") == plans
+    (folder / "hiendmae_iso.json").unlink()
+
+
 @pytest.mark.slow
 def test_2d_configuration_is_refused(world: World, pretrained: Path) -> None:
     world.run("nnUNetv2_preprocess -d 901 -c 2d -np 1")

@@ -17,7 +17,7 @@ from conftest import DATASET, World
 
 from pretraining.data.b2nd import DataSet, PreprocessedCorpus
 from pretraining.data.corpus import BODY_CELL, canonical_volume
-from pretraining.data.pack import begin_or_continue, pack_shard, save_index, write_index
+from pretraining.data.pack import begin_or_continue, mark_of, pack_shard, save_index, write_index
 from pretraining.data.packed import PackedCorpus, dequantisation, quantise
 
 WINDOW = (-175.0, 250.0)
@@ -95,18 +95,27 @@ def test_a_bad_case_is_left_out_and_told(world: World, source: PreprocessedCorpu
     assert f"LEFT OUT: Cannot read {volume}" in log and "5 cases of" in log
     shutil.copy(world.root / "preprocessed" / DATASET / "nnUNetPlans_3d_fullres" / volume.name, volume)
     assert "6 cases of" in world.run(command, nnUNet_preprocessed=str(preprocessed))  # repaired, the same command
+    packed = preprocessed / "packed"
+    before = PackedCorpus(packed).content_mark(3)
+    shutil.copy(volume.with_name(volume.name.replace("003", "002")), volume)  # preprocessed anew from another image
+    world.run(command, nnUNet_preprocessed=str(preprocessed))
+    assert PackedCorpus(packed).content_mark(3) != before == before and PackedCorpus(packed).content_mark(2) == (
+        PackedCorpus(packed).content_mark(3)
+    )
 
 
 def test_interrupted_packing_goes_on(source: PreprocessedCorpus, world: World, tmp_path: Path) -> None:
     """Shards that are finished stay as they are, an unfinished one is written anew."""
     begin_or_continue(source, tmp_path, 8)
-    pack_shard(source.subset(range(4)), tmp_path, 8, 0)
+    parts = (range(4), range(4, 6))
+    marks = [[mark_of(source, case) for case in cases] for cases in parts]
+    pack_shard(source.subset(parts[0]), tmp_path, 8, 0, marks[0])
     before = (tmp_path / "shard_00000.voxels").stat().st_mtime_ns
     (tmp_path / "shard_00001.voxels.tmp").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"holds no finished packed corpus"):
         PackedCorpus(tmp_path)
-    for shard, cases in enumerate((range(4), range(4, 6))):
-        pack_shard(source.subset(cases), tmp_path, 8, shard)
+    for shard, cases in enumerate(parts):
+        pack_shard(source.subset(cases), tmp_path, 8, shard, marks[shard])
     write_index(source, tmp_path, 8, 2)
     assert (tmp_path / "shard_00000.voxels").stat().st_mtime_ns == before
     packed = PackedCorpus(tmp_path)

@@ -60,7 +60,7 @@ def test_command_pools_the_dice_of_a_batch(world: World) -> None:
     [
         ("-patch_size 50 48 48", "-patch_size [50, 48, 48] cannot be pooled evenly; the next that nnU-Net's U-Net"),
         ("-patch_size 4 48 48", "must be three numbers of 8 to 1024"),
-        ("-batch_size 0", "-batch_size 0 must be at least 1"),
+        ("-batch_size 0", "-batch_size 0 must be an integer of at least 1"),
     ],
 )
 def test_refused_in_one_line(world: World, flags: str, message: str) -> None:

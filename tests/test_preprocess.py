@@ -117,6 +117,13 @@ def test_bad_case_is_left_out_and_finished_ones_are_kept(place: World) -> None:
     assert {n for n in before if before[n] == after[n]} == set(before) - {"case_1.b2nd", "case_1_seg.b2nd"}
     manifest = json.loads((folder.parent / "hiendmae_manifest.json").read_text(encoding="utf-8"))
     assert manifest["cases"] == 5
+    shutil.copy(images / "case_0_0000.nii.gz", images / "case_3_0000.nii.gz")  # another image under the same name
+    assert "5 cases preprocessed, 0 left out" in place.run(command)
+    changed = {f.name for f in folder.glob("*.b2nd") if f.stat().st_mtime_ns != after[f.name]}
+    assert changed == {"case_3.b2nd", "case_3_seg.b2nd"}
+    (images / "case_3_0000.nii.gz").write_bytes(b"no image any more")
+    place.run(command, ok=False)
+    assert not (folder / "case_3.b2nd").exists()  # what was made of the old image is not trained on
 
 
 def test_incomplete_cases_are_named(place: World) -> None:

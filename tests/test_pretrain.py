@@ -65,7 +65,7 @@ def test_refusals(world: World, pretrained: Path) -> None:
     [
         ("-d 901 -crop_size 20 32 40", "-crop_size (20, 32, 40) must be a multiple of -vit_patch_size (8, 8, 8)"),
         ("-d 901 -batch_size 0", "-batch_size 0"),
-        ("-d 901 -steps -3", "-steps -3 must be at least 1"),
+        ("-d 901 -steps -3", "-steps -3 must be an integer of at least 1"),
         ("-d 901 -mask_ratio 1", "-mask_ratio 1.0 leaves 0 of"),
         ("-d 901 -steps 5 -epochs 2", "not allowed with argument"),
         ("-d 901 -window_hu 250 -175", "-window_hu (250.0, -175.0) is empty"),

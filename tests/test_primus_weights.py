@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from dynamic_network_architectures.architectures import primus as stock
@@ -17,7 +18,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_hiendmae.architectures import ENCODERS, HiEndMAEUNETR, PrimusConfig, PrimusEncoder
 from nnunetv2_hiendmae.commands import import_weights
 from nnunetv2_hiendmae.intensity import CanonicalIntensity, plan_intensities
-from nnunetv2_hiendmae.weights.file import State, Weights, load_encoder, load_weights, save_weights
+from nnunetv2_hiendmae.weights.file import State, Weights, load_encoder, load_tensors, load_weights, save_weights
 from nnunetv2_hiendmae.weights.nnssl import PLAN, to_nnssl
 from nnunetv2_hiendmae.weights.nnunet import to_nnunet
 
@@ -154,7 +155,10 @@ def nnssl_plan(**changes: Any) -> dict[str, Any]:
 FORMS = {
     "nnssl": lambda state: {"network_weights": state, PLAN: nnssl_plan(), "trainer_name": "BaseEvaMAETrainer",
                             "citations": ["Wald et al."]},
-    "nnU-Net's": lambda state: {"network_weights": state, "trainer_name": "nnUNet_Primus_M_Trainer"},
+    "nnU-Net's": lambda state: {  # with numbers of numpy, as nnUNetTrainer.save_checkpoint writes them
+        "network_weights": state, "trainer_name": "nnUNet_Primus_M_Trainer", "_best_ema": np.float64(0.5),
+        "logging": {"mean_fg_dice": [np.float64(0.1), np.float32(0.2)], "lrs": [0.01]}, "current_epoch": np.int64(3),
+    },
     "state dict": lambda state: state,
     "wrapped": lambda state: {"state_dict": {f"module._orig_mod.{k}": v for k, v in state.items()}},
     "part of another model": lambda state: {"network_weights": {f"student.{k}": v for k, v in state.items()}},
@@ -258,3 +262,13 @@ def test_fine_tuning_networks_of_other_grids_and_channels() -> None:
         "eva.pos_embed": "interpolated from 2 × 3 × 2 to 3 × 2 × 3 tokens",
         "down_projection.proj.weight": "spread from 1 to 2 channels",
     }
+
+
+def test_numbers_of_an_older_numpy(tmp_path) -> None:
+    """A checkpoint that nnU-Net wrote under numpy 1 names another module; still nothing but numbers is unpickled."""
+    file = tmp_path / "old.pth"
+    torch.save({"_best_ema": np.float64(0.5)}, file, _use_new_zipfile_serialization=False)
+    content = file.read_bytes()
+    for core in (b"numpy.core.multiarray", b"numpy._core.multiarray"):
+        file.write_bytes(content.replace(b"numpy._core.multiarray", core).replace(b"numpy.core.multiarray", core))
+        assert load_tensors(file) == {"_best_ema": 0.5}

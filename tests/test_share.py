@@ -75,6 +75,23 @@ def test_card_of_a_manifest() -> None:
     assert "| Dataset510_A | 7 | 3 × 2 × 2 | CC0 \\| &lt;b> | doi | 17 |" in card and "license: cc0-1.0" in card
 
 
+def test_card_of_another_programs_weights() -> None:
+    """What they saw, their licence and whom to cite is theirs, not ours; an encoder that is not finished says so."""
+    header = {
+        "architecture": {"embed_dim": 24}, "window_hu": [-175, 250], "sha256": "abc",
+        "datasets": [{"name": "Dataset745_OpenMind", "cases": 9}], "normalization": ["ZScoreNormalization"],
+        "source": "Primus checkpoint of BaseEvaMAETrainer", "source_citations": ["Wald et al."],
+        "licence": "CC BY-NC 4.0",
+    }  # fmt: skip
+    card = model_card(Weights(Path("w.pth"), {}, header), "a/b", "other")
+    for words in ("Primus checkpoint of BaseEvaMAETrainer", "ZScoreNormalization", "- Wald et al.", "| CC BY-NC 4.0 |"):
+        assert words in card
+    assert "no other modality" not in card and "Encoder of a Hi-End-MAE pre-training" not in card
+    half = {name: header[name] for name in ("architecture", "window_hu", "sha256")} | {"unfinished": "step 3 of 9"}
+    card = model_card(Weights(Path("w.pth"), {}, half), "a/b", "other")
+    assert "unfinished: step 3 of 9" in card and "no other modality" in card
+
+
 @pytest.mark.slow
 def test_zip_predicts_elsewhere(world: World, pretrained: Path, tmp_path: Path) -> None:
     """nnU-Net's export and install carry our model; it predicts the same without weights file and variables."""

@@ -70,7 +70,7 @@ def plan(args: argparse.Namespace) -> None:
     target = folder / f"{plans_name}.json"
     source = read_plans(source_file, f"Run 'nnUNetv2_plan_and_preprocess -d {args.d}' first.")
     written = read_plans(target, "Remove it, or choose another -plans_name.") if target.is_file() else None
-    if written is not None and BLOCK not in str(written["configurations"]):
+    if written is not None and not any(BLOCK in configuration for configuration in written["configurations"].values()):
         raise ValueError(f"{target} exists and was not written by hiendmae_plan; choose another -plans_name.")
     given = {f.name: getattr(args, f.name, None) for f in fields(FineTuneSettings)}
     settings = {name: value for name, value in given.items() if value is not None}
@@ -81,7 +81,8 @@ def plan(args: argparse.Namespace) -> None:
     save_json(plans, str(target), sort_keys=False)
     print(f"Plans written to {target}")
     print_channels(folder, plans, settings.get("window_hu"))
-    print(f"Train with: nnUNetv2_train {args.d} 3d_fullres 0 -p {plans_name} -tr nnUNetTrainerHiEndMAE")
+    trainer = "nnUNetTrainerHiEndMAE_scratch" if settings.get("identity_blocks") else "nnUNetTrainerHiEndMAE"
+    print(f"Train with: nnUNetv2_train {args.d} 3d_fullres 0 -p {plans_name} -tr {trainer}")
 
 
 def print_channels(folder: Path, plans: dict[str, Any], window: Window | None) -> None:

@@ -44,7 +44,7 @@ def make_plans(
     configurations = {}
     for name, configuration in source["configurations"].items():
         block = {**configuration.get(BLOCK, {}), **settings}
-        FineTuneSettings(**block)
+        FineTuneSettings.from_configuration({BLOCK: block})
         if name != "2d":
             configuration = {**configuration, BLOCK: block}
             if patch_size is not None and list(patch_size) != configuration.get("patch_size", list(patch_size)):

@@ -106,12 +106,21 @@ class FineTuneSettings:
             ValueError: unknown key or impossible value; names it.
         """
         block = configuration.get(BLOCK, {})
+        if not isinstance(block, dict):
+            raise ValueError(f"The plans' '{BLOCK}' block must be an object, not {block!r}.")
         known = {f.name for f in fields(cls)}
         if set(block) - known:
             raise ValueError(
                 f"Unknown keys {sorted(set(block) - known)} in the plans' '{BLOCK}' block; known: {sorted(known)}."
             )
-        return cls(**block)
+        try:
+            settings = cls(**block)
+            _ = settings.encoder
+        except TypeError as error:  # of another type than the setting's
+            raise ValueError(f"The plans' '{BLOCK}' block: {error}.") from None
+        if settings.weights is not None and not isinstance(settings.weights, str):
+            raise ValueError(f"The plans' '{BLOCK}' block: weights={settings.weights!r} must be a file's name.")
+        return settings
 
     @property
     def encoder(self) -> EncoderConfig | None:

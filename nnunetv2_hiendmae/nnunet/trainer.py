@@ -163,7 +163,10 @@ class nnUNetTrainerHiEndMAE(nnUNetTrainer):
                 raise ValueError("identity_blocks leaves no blocks for weights; use -tr nnUNetTrainerHiEndMAE_scratch.")
             weights = self._find_weights(saved)
             self.settings = self.settings.resolved(
-                weights.architecture, weights.window_hu, weights=str(weights.path), weights_sha256=weights.sha256
+                weights.architecture,
+                weights.window_hu,
+                weights=str(weights.path.absolute()),
+                weights_sha256=weights.sha256,
             )
         else:
             self.settings = self.settings.resolved_scratch()
@@ -185,7 +188,10 @@ class nnUNetTrainerHiEndMAE(nnUNetTrainer):
         weights = load_weights(path)
         wanted = self.settings.weights_sha256
         if wanted is not None and wanted != weights.sha256:
-            raise ValueError(f"{path} has sha256 {weights.sha256}; the plans ask for {wanted}.")
+            raise ValueError(
+                f"{path} ({reason}) has sha256 {weights.sha256}; the plans ask for {wanted}. Name that file, or write "
+                f"plans for this one (hiendmae_plan --weights)."
+            )
         self.print_to_log_file(f"Hi-End-MAE weights: {path} ({reason}), sha256 {weights.sha256}")
         return weights
 

@@ -8,11 +8,12 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,16 @@ CITATION = (
     "autoencoders are stronger vision learners for medical image segmentation. Medical Image Analysis (2025), "
     "doi 10.1016/j.media.2025.103770"
 )
+
+PRETRAINING_KEYS = {"network_weights", "step", "config"}
+"""Of a checkpoint of hiendmae_pretrain."""
+SCALAR = np.float64(0).__reduce__()[0]  # its module's name differs between numpy 1 and 2
+NUMPY_NUMBERS: list[Any] = [
+    *((SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("f4", "f8", "i4", "i8", "bool")),
+]
+"""Plain numbers as numpy has them, which nnU-Net writes into its checkpoints; written by numpy 1 and 2."""
 
 State = dict[str, Tensor]
 
@@ -130,7 +141,8 @@ def load_tensors(path: Path) -> Any:
     Mapped from disk where the format allows, so that a file of several GB is not held in memory twice.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise ValueError(f"The weights file {path} does not exist.") from None
     except pickle.UnpicklingError as error:  # torch's own advice, weights_only=False, would run foreign code
@@ -141,6 +153,15 @@ def load_tensors(path: Path) -> Any:
     raise ValueError(f"{path} is not a file of plain tensors, or it is damaged ({reason}).")
 
 
+def refuse_pretraining(content: Any, path: str | Path) -> None:
+    """``ValueError`` for a checkpoint of a pre-training, whose encoder lies beside it with a header."""
+    if isinstance(content, Mapping) and set(content) >= PRETRAINING_KEYS:
+        raise ValueError(
+            f"{path} is a checkpoint of hiendmae_pretrain. Take encoder_weights.pth of its run; of an unfinished one "
+            f"'hiendmae_pretrain ... --export' writes it."
+        )
+
+
 def load_weights(path: str | Path) -> Weights:
     """Read and check a weights file.
 
@@ -149,6 +170,7 @@ def load_weights(path: str | Path) -> Weights:
     """
     path = Path(path)
     data = load_tensors(path)
+    refuse_pretraining(data, path)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(
             f"{path} is not a Hi-End-MAE weights file. A checkpoint of the authors becomes one with "

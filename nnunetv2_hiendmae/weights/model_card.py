@@ -19,6 +19,12 @@ tags:
 ---
 """
 
+SEEN_CT = "CT in Hounsfield units: the encoder saw {low:g} to {high:g} HU and nothing outside, and no other modality."
+SEEN_OTHER = (
+    "The encoder saw intensities that were normalised otherwise than in HU (table above), perhaps of other modalities; "
+    "its first layers have to adapt to CT."
+)
+
 USE = """## Use
 
 With nnunetv2_hiendmae and its `hub` extra installed:
@@ -32,7 +38,7 @@ HIENDMAE_WEIGHTS=weights.pth nnUNetv2_train DATASET 3d_fullres 0 -tr nnUNetTrain
 
 - Starting point for training segmentation networks on CT, in research. **Not a medical device**; not validated for
   patients. These weights segment nothing by themselves.
-- CT in Hounsfield units: the encoder saw {low:g} to {high:g} HU and nothing outside, and no other modality.
+- {seen}
 - It knows the anatomy, scanners, protocols and patients of the data above, with their biases. The papers on
   masked pre-training report their largest gains with few labels; with many, a plain nnU-Net may be as good.
 - Do not test on scans that are in the data above.
@@ -65,27 +71,43 @@ def model_card(weights: Weights, repo: str, licence: str) -> str:
     parts = [
         FRONT_MATTER.format(licence=licence),
         f"# {repo.rpartition('/')[2]}\n",
-        "Encoder of a Hi-End-MAE pre-training (arXiv 2502.08347) on CT without labels.\n",
+        f"{origin_of(header)}\n",
         "## Data\n",
         data_table(header),
         *ancestors(header),
         "\n## Training\n",
         fact_table(header, low, high),
         f"\nsha256 of the tensors: `{weights.sha256}`\n",
-        USE.format(repo=repo, low=low, high=high),
-    ]
+        USE.format(repo=repo, seen=SEEN_CT.format(low=low, high=high) if is_ours(header) else SEEN_OTHER),
+        *(["Also cite what the weights come from:", *(f"- {text}" for text in header["source_citations"]), ""]
+          if header.get("source_citations") else []),
+    ]  # fmt: skip
     return "\n".join(parts)
+
+
+def is_ours(header: dict[str, Any]) -> bool:
+    """Whether the encoder saw CT in a HU window: imported weights of other programs say how they normalised instead."""
+    return "normalization" not in header
+
+
+def origin_of(header: dict[str, Any]) -> str:
+    """What the weights are, in a sentence."""
+    if "source" in header:
+        return f"Encoder converted from another program's weights: {cell(str(header['source']))}."
+    half = f", **unfinished: {header['unfinished']}**" if "unfinished" in header else ""
+    return f"Encoder of a Hi-End-MAE pre-training (arXiv 2502.08347) on CT without labels{half}."
 
 
 def data_table(header: dict[str, Any]) -> str:
     """One row a data set, with what its manifest says."""
+    licence = str(header.get("licence", "not stated")) if "source" in header else "not stated"
     manifests = {m["dataset"]: m for m in header.get("provenance", [])}
     rows = ["| data set | cases | spacing (mm) | licence | reference | excluded overlap |", "|---|---|---|---|---|---|"]
     for data in header.get("datasets", []):
         manifest = manifests.get(data["name"], {})
         spacing = " × ".join(f"{mm:g}" for mm in header.get("spacing", {}).get(data["name"], [])) or "not stated"
         excluded = ", ".join(map(str, manifest.get("excluded_overlap", []))) or "none stated"
-        words = [data["name"], str(data["cases"]), spacing, manifest.get("licence", "not stated")]
+        words = [data["name"], str(data["cases"]), spacing, manifest.get("licence", licence)]
         rows.append(
             "| " + " | ".join(cell(w) for w in [*words, manifest.get("reference", "not stated"), excluded]) + " |"
         )
@@ -106,6 +128,8 @@ def ancestors(header: dict[str, Any]) -> list[str]:
 def fact_table(header: dict[str, Any], low: float, high: float) -> str:
     """Architecture and schedule."""
     facts = {**header["architecture"], "HU window": f"{low:g} … {high:g}"}
+    if not is_ours(header):
+        facts |= {"HU window": f"{low:g} … {high:g}, chosen here", "normalisation": ", ".join(header["normalization"])}
     names = {"img_size": "crop (voxels)", "steps": "steps", "batch_size": "crops a step", "decoder": "decoder"}
     facts |= {words: header[name] for name, words in names.items() if name in header}
     return "\n".join(["| | |", "|---|---|", *(f"| {cell(k)} | {cell(str(v))} |" for k, v in facts.items())])

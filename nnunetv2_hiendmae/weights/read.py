@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nnunetv2_hiendmae.checks import Size
 from nnunetv2_hiendmae.intensity import DEFAULT_WINDOW, Window
-from nnunetv2_hiendmae.weights.file import FORMAT, check_content, load_tensors, load_weights
+from nnunetv2_hiendmae.weights.file import FORMAT, check_content, load_tensors, load_weights, refuse_pretraining
 from nnunetv2_hiendmae.weights.nnssl import HEADER, PLAN, from_nnssl
 from nnunetv2_hiendmae.weights.official import Imported, import_official
 from nnunetv2_hiendmae.weights.primus import import_primus, is_primus
@@ -41,6 +41,7 @@ def read_weights(
         ValueError: a file of none of these forms, or damaged, or one that records what is given.
     """
     checkpoint = load_tensors(file)
+    refuse_pretraining(checkpoint, file)
     known = isinstance(checkpoint, Mapping)
     if known and (checkpoint.get("format") == FORMAT or HEADER in checkpoint):
         facts = {"num_heads": num_heads, "img_size": img_size, "window_hu": window_hu}
@@ -56,7 +57,8 @@ def read_weights(
         with no_traceback(file, "Primus checkpoint"):
             return checked(import_primus(checkpoint, num_heads, img_size, window_hu or DEFAULT_WINDOW))
     if known and PLAN in checkpoint:
-        architecture = (checkpoint[PLAN].get("architecture_plans") or {}).get("arch_class_name")
+        with no_traceback(file, "nnssl checkpoint"):
+            architecture = (checkpoint[PLAN].get("architecture_plans") or {}).get("arch_class_name")
         raise ValueError(
             f"This nnssl checkpoint holds the architecture '{architecture}', which is not a Hi-End-MAE ViT or a Primus "
             f"(its first version); its weights have no place here."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -13,8 +14,8 @@ from tqdm import tqdm
 
 from nnunetv2_hiendmae.checks import check_count
 from nnunetv2_hiendmae.command import CommandParser, run_command
-from nnunetv2_hiendmae.files import raw_folder, raw_root
-from pretraining.prepare.exclude import EXCLUDED, Exclusion, Judge, read_exclusions, write_exclusions
+from nnunetv2_hiendmae.files import alone_in, raw_folder, raw_root, read_json
+from pretraining.prepare.exclude import Exclusion, Judge, read_exclusions, write_exclusions
 from pretraining.prepare.find import Source
 from pretraining.prepare.ingest import ingest, look_at_excluded
 from pretraining.prepare.provenance import mark_excluded
@@ -73,7 +74,7 @@ def exclusions_of(folder: Path, datasets: list[str], processes: int) -> list[Exc
     earlier = {raw_root() / name: name for name, _ in known}
     tasks = []
     for raw in sorted({**earlier, **named}):
-        images = sorted(f for part in ("imagesTr", "imagesTs") for f in (raw / part).glob("*_0000.*"))
+        images = sorted(f for part in ("imagesTr", "imagesTs") for f in (raw / part).glob("*_[0-9][0-9][0-9][0-9].*"))
         if not images and raw in named:
             raise ValueError(f"--exclude_overlap {named[raw]}: {raw} holds no images.")
         for image in images:
@@ -83,10 +84,14 @@ def exclusions_of(folder: Path, datasets: list[str], processes: int) -> list[Exc
                 tasks.append((raw.name, source))
     with process_pool(min(processes, max(len(tasks), 1))) as pool:
         new = pool.map(look_at_excluded, *zip(*tasks, strict=True)) if tasks else iter(())
-        for made in tqdm(new, total=len(tasks), desc="to keep out", disable=not sys.stderr.isatty()):
-            if isinstance(made, str):
-                raise ValueError(f"--exclude_overlap: {made}")
-            known[made.dataset, made.image] = made
+        try:
+            for made in tqdm(new, total=len(tasks), desc="to keep out", disable=not sys.stderr.isatty()):
+                if isinstance(made, str):
+                    raise ValueError(f"--exclude_overlap: {made}")
+                known[made.dataset, made.image] = made
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     return list(known.values())
 
 
@@ -98,27 +103,48 @@ def run(args: argparse.Namespace) -> int:
     check_count("np", args.np)
     folder = output_folder(args.d, args.n)
     exclusions = exclusions_of(folder, args.exclude_overlap, args.np)
-    gate = None if args.no_quality_gate else Gate()
     folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder, "Wait for its end."):
+        return run_alone(args, heap, folder, exclusions)
+
+
+def refuse_other_heap(file: Path, heap: Path) -> None:
+    """``ValueError`` for another heap than that of earlier calls, whose scans of the same names it would replace."""
+    before = read_json(file, "Remove it.").get("input") if file.is_file() else None
+    if before is not None and os.path.realpath(before) != os.path.realpath(heap):
+        raise ValueError(
+            f"-i {heap}: {file.parent.name} was made from {before}, and files of the same names would replace each "
+            f"other. Give this heap another -d, or link both into one folder. If it is the same heap in another place, "
+            f"remove {file}."
+        )
+
+
+def run_alone(args: argparse.Namespace, heap: Path, folder: Path, exclusions: list[Exclusion]) -> int:
+    """``run`` in a folder that no other process touches."""
+    settings = folder / "ingest_settings.json"
+    refuse_other_heap(settings, heap)
+    gate = None if args.no_quality_gate else Gate()
     write_exclusions(folder, exclusions)
     excluded = sorted({e.dataset for e in exclusions})
-    (folder / "ingest_settings.json").write_text(
+    settings.write_text(
         json.dumps({"input": str(heap.absolute()), "exclude_overlap": excluded, "gate": gate is not None})
     )
-    judge = Judge(folder, exclusions)
+    judge, looked_at = Judge(folder, exclusions), set[str]()
     with tqdm(unit="scan", disable=not sys.stderr.isatty()) as bar:
         for row in ingest(heap, folder, args.n, gate, args.np, judge):
             bar.update()
+            looked_at.add(row.input)
             if row.status == "refused":
                 bar.write(f"REFUSED {row.input}: {row.reason}".encode(errors="replace").decode(), file=sys.stdout)
     report = judge.report
     accepted, refused = report.select("accepted"), report.select("refused")
-    for status, rows in (("accepted", accepted), ("refused", refused)):
-        draw_sheets(rows, folder / THUMBNAILS, status)
-    print(f"{len(accepted)} accepted, {len(refused)} refused. Table: {folder / REPORT}")
-    gone = {row.case for row in refused if row.reason.startswith(EXCLUDED)}
-    for line in mark_excluded(folder.name, gone):
+    if not report.rows:
+        raise ValueError(f"-i {heap} holds no files.")
+    for line in mark_excluded(folder.name, {row.case for row in refused}):
         print(line)
+    for status, rows in (("accepted", accepted), ("refused", refused)):
+        draw_sheets(rows, folder / THUMBNAILS, status, looked_at)
+    print(f"{len(accepted)} accepted, {len(refused)} refused. Table: {folder / REPORT}")
     if accepted:
         print(f"Next: hiendmae_plan_and_preprocess -d {args.d}")
     return 1 if refused else 0

@@ -110,7 +110,7 @@ def run_dataset(raw: RawDataSet, spacing: Spacing, args: argparse.Namespace) -> 
     if not args.plan_only:
         done = run_part(raw, plans_file, args, failures, gate)
         finished = nnUNetDatasetBlosc2.get_identifiers(str(volume_folder(plans_file)))
-        write_manifest(plans_file, raw.folder, raw.description, set(raw.images).intersection(finished))
+        write_manifest(plans_file, raw.folder, raw.description, set(raw.images).intersection(finished), args.part_id)
     for failure in failures.values():
         print(f"LEFT OUT {failure.file}: {failure.reason}")
     print_channels(plans_file, raw.channels)

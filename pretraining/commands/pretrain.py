@@ -65,6 +65,8 @@ class Job:
     estimate: bool
     cases: dict[str, int]
     """Marks of the cases; only the first rank's job has them."""
+    held_out: list[str]
+    """Names of the cases that are not trained on."""
 
 
 def parser() -> CommandParser:
@@ -188,12 +190,13 @@ def prepare(args: argparse.Namespace) -> Job:
     if args.resume:
         config = as_started(config, args, folder)
     cases = case_marks(corpus) if distributed.rank() == 0 else {}
+    held_out = [corpus.name(case) for case in split_cases(corpus, config.seed)[1]]
     if args.resume and cases:
-        refuse_other_cases(folder, cases)
+        refuse_other_cases(folder, cases, held_out)
     packed = packed_folder(args.packed).absolute() if args.packed is not None else None
     if distributed.rank() == 0:
         announce(config, runtime, corpus, folder, ranks)
-    return Job(config, runtime, folder, packed, args.resume, args.estimate, cases)
+    return Job(config, runtime, folder, packed, args.resume, args.estimate, cases, held_out)
 
 
 def announce(config: RunConfig, runtime: Runtime, corpus: Corpus, folder: Path, ranks: int) -> None:
@@ -238,7 +241,7 @@ def pretrain(job: Job) -> None:
     alone = alone_in(job.folder, "Wait for its end, or choose another -run.") if first else nullcontext()
     with alone, distributed.process_group(device.type):
         if first:
-            record_cases(job.folder, job.cases)
+            record_cases(job.folder, job.cases, job.held_out)
         if first and not job.resume:
             (job.folder / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2))
         sha256 = train(config, job.runtime, corpus_of_job(job), job.folder, device, job.resume)

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nnunetv2_hiendmae.files import atomic_file, read_json
+from nnunetv2_hiendmae.patients import PATIENTS
 from pretraining.data.corpus import Corpus
 
 CASES = "cases.json"
@@ -32,23 +33,25 @@ def case_marks(corpus: Corpus) -> dict[str, int]:
     return {corpus.name(case): mark for case, mark in enumerate(marks)}
 
 
-def record_cases(folder: Path, cases: dict[str, int]) -> None:
-    """Write ``cases.json`` into a run's folder."""
+def record_cases(folder: Path, cases: dict[str, int], held_out: list[str]) -> None:
+    """Write ``cases.json`` into a run's folder: marks of all cases, and which of them are held out."""
     with atomic_file(folder / CASES) as stream:
-        stream.write(json.dumps(cases, indent=0).encode())
+        stream.write(json.dumps({"held_out": held_out, "cases": cases}, indent=0).encode())
 
 
-def refuse_other_cases(folder: Path, cases: dict[str, int]) -> None:
+def refuse_other_cases(folder: Path, cases: dict[str, int], held_out: list[str]) -> None:
     """Compare with what ``record_cases`` wrote when the run was started.
 
     Raises:
-        ValueError: cases were added, removed or changed, or come in another order; names them and the remedy.
+        ValueError: cases were added, removed or changed, come in another order, or are held out otherwise; names them
+            and the remedy.
     """
     file = folder / CASES
     if not file.is_file():  # started by a version that did not record them
         print(f"WARNING: {folder} does not record the cases of its start; they are not compared, only recorded now.")
         return
-    saved = read_json(file, "Remove it to continue without comparing the cases.")
+    record = read_json(file, "Remove it to continue without comparing the cases.")
+    saved = record.get("cases", record)  # an earlier version wrote the marks alone
     differing = {
         "added": [name for name in cases if name not in saved],
         "removed": [name for name in saved if name not in cases],
@@ -57,6 +60,8 @@ def refuse_other_cases(folder: Path, cases: dict[str, int]) -> None:
     changes = [f"{len(names)} {how} ({shown(names)})" for how, names in differing.items() if names]
     if not changes and list(saved) != list(cases):
         changes = ["they come in another order"]
+    if not changes and record.get("held_out", held_out) != held_out:
+        changes = [f"{PATIENTS} in nnUNet_raw has changed or is not there, so that others are held out"]
     if changes:
         raise ValueError(
             f"--c: the cases are not those that the run in {folder} was started with: {'; '.join(changes)}. Its crops "

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,14 @@ def pack(corpus: PreprocessedCorpus, folder: Path, bits: int, processes: int) ->
     folder.mkdir(parents=True, exist_ok=True)
     begin_or_continue(corpus, folder, bits)
     shards = [range(i, min(i + CASES_PER_SHARD, len(corpus))) for i in range(0, len(corpus), CASES_PER_SHARD)]
-    if not all(is_packed(folder, i) for i in range(len(shards))):
+    marks = [[mark_of(corpus, case) for case in cases] for cases in shards]
+    if not all(is_packed(folder, i, mine) for i, mine in enumerate(marks)):
         (folder / INDEX).unlink(missing_ok=True)  # it would point into shards that are written anew
     done, failures = 0, []
     with process_pool(processes) as pool:
         try:
-            jobs = {pool.submit(pack_shard, corpus.subset(c), folder, bits, i): c for i, c in enumerate(shards)}
+            tasks = [(corpus.subset(cases), folder, bits, i, marks[i]) for i, cases in enumerate(shards)]
+            jobs = {pool.submit(pack_shard, *task): cases for task, cases in zip(tasks, shards, strict=True)}
             for job in as_completed(jobs):
                 failures += job.result()
                 done += len(jobs[job])
@@ -83,9 +86,16 @@ def begin_or_continue(corpus: PreprocessedCorpus, folder: Path, bits: int) -> No
             stream.write(json.dumps(plan, indent=2).encode())
 
 
-def pack_shard(corpus: PreprocessedCorpus, folder: Path, bits: int, shard: int) -> list[str]:
+def mark_of(corpus: PreprocessedCorpus, case: int) -> int:
+    """``content_mark``; -1 for a volume that cannot be read, which packing then says."""
+    with suppress(ValueError):
+        return corpus.content_mark(case)
+    return -1
+
+
+def pack_shard(corpus: PreprocessedCorpus, folder: Path, bits: int, shard: int, marks: list[int]) -> list[str]:
     """Write one shard; its entries file appears last and marks it finished. Returns a line for each bad case."""
-    if is_packed(folder, shard):
+    if is_packed(folder, shard, marks):
         return []
     entries: list[dict[str, Any]] = []
     failures, body = [], [np.empty((0, 3), np.int16)]
@@ -107,14 +117,17 @@ def pack_shard(corpus: PreprocessedCorpus, folder: Path, bits: int, shard: int) 
     with atomic_file(shard_file(folder, shard, "body.npy")) as stream:
         np.save(stream, np.concatenate(body))
     with atomic_file(shard_file(folder, shard, "entries.json")) as stream:
-        stream.write(json.dumps({"entries": entries, "failures": failures}).encode())
+        stream.write(json.dumps({"entries": entries, "failures": failures, "marks": marks}).encode())
     return failures
 
 
-def is_packed(folder: Path, shard: int) -> bool:
-    """Whether a shard is there with all of its cases."""
+def is_packed(folder: Path, shard: int, marks: list[int]) -> bool:
+    """Whether a shard is there with all of its cases, made of the volumes that have these ``content_mark``."""
     file = shard_file(folder, shard, "entries.json")
-    return file.is_file() and not json.loads(file.read_text(encoding="utf-8"))["failures"]
+    if not file.is_file():
+        return False
+    made = json.loads(file.read_text(encoding="utf-8"))
+    return not made["failures"] and made.get("marks", marks) == marks  # an earlier version noted none
 
 
 def describe(

@@ -85,6 +85,8 @@ class Judge:
             other = self.report.rows.get(name)
             if name == row.input or (other is not None and other.status != "accepted"):
                 continue
+            if other is not None and how == DUPLICATE and other.sha256 != row.sha256:
+                continue  # that input was changed since
             if other is not None and how != DUPLICATE and patient and self.patients.get(other.case) == patient:
                 continue  # the table says so: two phases or dates of one patient may both be used
             remedy = "" if how == DUPLICATE else f"; if both are to go in, name their patient in {PATIENTS}"

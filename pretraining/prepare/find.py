@@ -13,8 +13,8 @@ import SimpleITK as sitk
 from pretraining.prepare.dicom import Slice, stacks
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
-COMPANIONS = (".raw", ".zraw", ".img", ".hdr")
-"""Voxels of .mhd and .nhdr headers: read with them."""
+HEADERS, VOXELS = (".mhd", ".nhdr"), (".raw", ".zraw")
+"""Voxels beside a header are read with it."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,15 @@ class Source:
 
     @property
     def stamp(self) -> str:
-        """Changes when a file does: sizes and times of all files."""
+        """Changes when a file does: names, sizes and times of all files, wherever they are seen from."""
         digest = hashlib.sha256()
         for file in self.files:
             try:
                 state = os.stat(file)
-                digest.update(f"{file} {state.st_size} {state.st_mtime_ns}\n".encode(errors="surrogateescape"))
+                told = f"{state.st_size} {state.st_mtime_ns}"
             except OSError:
-                digest.update(f"{file} unreadable\n".encode(errors="surrogateescape"))
+                told = "unreadable"
+            digest.update(f"{os.path.basename(file)} {told}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()[:16]
 
     def case(self, dataset_name: str) -> str:
@@ -45,17 +46,30 @@ class Source:
 
 
 def find_sources(folder: Path) -> Iterator[Source]:
-    """Every file below a folder, in a fixed order, as part of exactly one source."""
-    for directory, subfolders, names in os.walk(folder):
+    """Every file below a folder, in a fixed order, as part of exactly one source; so is a folder that cannot be read.
+
+    Links to folders are followed, each folder once.
+    """
+    seen: set[str] = set()
+    closed: list[OSError] = []
+    for directory, subfolders, names in os.walk(folder, onerror=closed.append, followlinks=True):
         subfolders.sort()
         here = Path(directory)
+        real = os.path.realpath(here)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
         loose = []
+        companions = VOXELS if any(name.lower().endswith(HEADERS) for name in names) else ()
         for name in sorted(names):
             if name.lower().endswith(IMAGE_ENDINGS):
                 yield Source(str((here / name).relative_to(folder)), (str(here / name),))
-            elif not name.lower().endswith(COMPANIONS):
+            elif not name.lower().endswith(companions):
                 loose.append(name)
         yield from find_series(folder, here, loose)
+    for error in closed:
+        yield Source(os.path.relpath(error.filename, folder), (error.filename,))
 
 
 def find_series(folder: Path, here: Path, names: list[str]) -> Iterator[Source]:

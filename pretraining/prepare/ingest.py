@@ -22,6 +22,7 @@ from nnunetv2_hiendmae.identity import fingerprint, to_text
 from pretraining.prepare.exclude import Exclusion, Judge, take_out
 from pretraining.prepare.find import Source, find_sources
 from pretraining.prepare.geometry import Refused
+from pretraining.prepare.provenance import mark_excluded
 from pretraining.prepare.quality import Gate, check_voxels, content_hash
 from pretraining.prepare.read import read
 from pretraining.prepare.report import THUMBNAILS, Report, Row, save_thumbnail
@@ -62,6 +63,7 @@ def ingest(heap: Path, folder: Path, name: str, gate: Gate | None, processes: in
         (folder / part).mkdir(parents=True, exist_ok=True)
     report = judge.report
     yield from take_out(judge, folder)
+    mark_excluded(folder.name, {row.case for row in report.select("refused")})  # now: what follows may take days
     todo = (
         Task(source, source.case(name), str(folder), gate)
         for source in find_sources(heap)
@@ -157,6 +159,7 @@ def accept(row: Row, task: Task, folder: Path, judge: Judge) -> Row:
     """Move an accepted volume to its place, or refuse it because of its patient."""
     unfinished = folder / "unfinished" / f"{task.case}_0000{ENDING}"
     if row.status != "accepted":
+        (folder / "imagesTr" / unfinished.name).unlink(missing_ok=True)  # it was accepted, before its file changed
         return row
     objection = judge.objection(row)
     if objection:

@@ -30,6 +30,8 @@ from pretraining.prepare.geometry import (
 ENDINGS = (".nii", ".nii.gz")
 HEADERS = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
 """By their size in bytes, with which a file begins."""
+FLOATS = {16: "f4", 64: "f8"}
+"""Codes of datatype that can hold what is no number."""
 ORIGIN_TOLERANCE_MM = 1.0
 NOT_MILLIMETRES = {1: "metre", 3: "micron"}
 """Codes of xyzt_units that ITK converts and nibabel does not."""
@@ -54,12 +56,12 @@ def read_header(stream: IO[bytes]) -> Header | None:
 
 
 def check_nifti(file: str, whole: bool) -> None:
-    """``Refused`` for a header that contradicts itself, and (``whole``) for a cut-off file, whose rest ITK fills up."""
+    """``Refused`` for a header that contradicts itself, and (``whole``) a cut-off file or NaN, which ITK fills up."""
     try:
         with open_nifti(file) as stream:
             header = read_header(stream)
             stream.seek(0)
-            size = sum(len(chunk) for chunk in iter(lambda: stream.read(2**22), b"")) if whole else 0
+            size = look_through(stream, header) if whole else 0
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise Refused(f"truncated or damaged: {error}; get the file again") from None
     if header is None:
@@ -71,6 +73,19 @@ def check_nifti(file: str, whole: bool) -> None:
     expected = int(header["vox_offset"]) + math.prod(lengths[: max(axes, 0)]) * int(header["bitpix"]) // 8
     if size < expected:
         raise Refused(f"truncated: {size} bytes of {expected}; get the file again")
+
+
+def look_through(stream: IO[bytes], header: Header | None) -> int:
+    """Bytes of a file. ``Refused`` for values that are no numbers: ITK reads them as 0, which is water."""
+    offset, kind = (0, None) if header is None else (int(header["vox_offset"]), FLOATS.get(int(header["datatype"])))
+    size = len(stream.read(max(offset, 0)))
+    for chunk in iter(lambda: stream.read(2**22), b""):
+        size += len(chunk)
+        if header is not None and kind is not None and offset >= 0:
+            dtype = np.dtype(header.endianness + kind)
+            if not np.isfinite(np.frombuffer(chunk, dtype, len(chunk) // dtype.itemsize)).all():
+                raise Refused("NaN or infinite voxels, which readers turn into 0 HU; store the HU of air there")
+    return size
 
 
 def check_header(header: Header) -> None:

@@ -26,8 +26,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_hiendmae.channels import channel_names, names_ct
 from nnunetv2_hiendmae.files import read_json, read_plans
 from nnunetv2_hiendmae.nnunet.planner import HiEndMAEPlanner
+from pretraining.prepare.find import Source
 from pretraining.prepare.geometry import Refused
-from pretraining.prepare.provenance import record_case, remove_excluded
+from pretraining.prepare.provenance import record_case, recorded_cases, remove_case, remove_excluded
 from pretraining.prepare.quality import Gate, check_voxels, content_hash
 from pretraining.prepare.raw import Failure, RawDataSet
 from pretraining.prepare.read import check_file
@@ -213,6 +214,10 @@ def preprocess(
     remove_excluded(folder)
     part_id, num_parts = part
     mine = list(raw.images)[part_id::num_parts]
+    stamps = {e["case"]: e["stamp"] for e in recorded_cases(folder.parent) if e.get("volumes") == folder.name}
+    for case in mine:
+        if case in stamps and stamps[case] != stamp_of(raw.images[case]):
+            remove_case(folder, case)  # made of other files
     settings = plans.plans, raw.description, str(folder), part_id, gate
     todo = {case: (case, raw.images[case], *settings) for case in mine if not is_done(folder, case)}
     yield from (case for case in mine if case not in todo)
@@ -221,6 +226,11 @@ def preprocess(
             yield Failure(case, raw.images[case][0], result)
         else:
             yield case
+
+
+def stamp_of(files: list[str]) -> str:
+    """Changes when a case's files do."""
+    return Source("", tuple(files)).stamp
 
 
 def volume_folder(plans_file: Path) -> Path:
@@ -253,6 +263,7 @@ def preprocess_case(
     manager = PlansManager(plans)
     configuration = manager.get_configuration(CONFIGURATION)
     preprocessor = configuration.preprocessor_class(verbose=False)
+    stamp = stamp_of(files)
     image, properties = read_case(files, manager.image_reader_writer_class, channel_names(description), gate)
     digest = content_hash(image[0])
     data, seg, properties = preprocessor.run_case_npy(image, None, properties, manager, configuration, description)
@@ -262,7 +273,8 @@ def preprocess_case(
     preprocessor.run_case = lambda *_: (data, seg, properties)
     preprocessor.run_case_save(str(unfinished), files, None, manager, configuration, description)
     spacing = [float(s) for s in properties["spacing"]]
-    record_case(Path(folder).parent, part_id, {"case": case, "sha256": digest, "spacing": spacing})
+    entry = {"case": case, "sha256": digest, "spacing": spacing, "volumes": Path(folder).name, "stamp": stamp}
+    record_case(Path(folder).parent, part_id, entry)
     for end in ("_seg.b2nd", ".pkl", ".b2nd"):  # the volume last: its name is what makes a case count
         os.replace(f"{unfinished}{end}", f"{target}{end}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,20 @@ def record_case(folder: Path, part_id: int, entry: dict[str, Any]) -> None:
         stream.write("\n" + json.dumps(entry) + "\n")  # also behind half a line
 
 
-def write_manifest(plans_file: Path, raw: Path, description: dict[str, Any], cases: set[str]) -> None:
-    """Summary of the cases preprocessed so far: counts, a hash over all content hashes, spacings, licence, source."""
-    folder = plans_file.parent
-    entries: dict[str, dict[str, Any]] = {}
+def recorded_cases(folder: Path) -> Iterator[dict[str, Any]]:
+    """What ``record_case`` wrote, for all parts."""
     for file in sorted(folder.glob(CASES.format("*"))):
         for line in file.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError, KeyError, TypeError):  # a full disk may leave half a line
+            with suppress(ValueError):  # a full disk may leave half a line
                 entry = json.loads(line)
-                entries[entry["case"]] = entry
-    entries = {case: entry for case, entry in entries.items() if case in cases}
+                if isinstance(entry, dict) and "case" in entry:
+                    yield entry
+
+
+def write_manifest(plans_file: Path, raw: Path, description: dict[str, Any], cases: set[str], part_id: int) -> None:
+    """Summary of the cases preprocessed so far: counts, a hash over all content hashes, spacings, licence, source."""
+    folder = plans_file.parent
+    entries = {entry["case"]: entry for entry in recorded_cases(folder) if entry["case"] in cases}
     digest = hashlib.sha256("\n".join(sorted(e["sha256"] for e in entries.values())).encode()).hexdigest()
     spacings = np.array([e["spacing"] for e in entries.values()])
     settings = raw / "ingest_settings.json"
@@ -53,7 +57,7 @@ def write_manifest(plans_file: Path, raw: Path, description: dict[str, Any], cas
         "excluded_overlap": read_json(settings)["exclude_overlap"] if settings.is_file() else [],
         "version": __version__,
     }
-    with atomic_file(folder / MANIFEST) as stream:
+    with atomic_file(folder / MANIFEST, f".{part_id}.tmp") as stream:  # other parts may end at the same moment
         stream.write(json.dumps(manifest, indent=2).encode())
 
 
@@ -68,14 +72,14 @@ def mark_excluded(dataset: str, cases: set[str]) -> list[str]:
     if not made:
         return []
     return [
-        f"WARNING: {len(made)} excluded case(s) are preprocessed already and will not be trained on: "
+        f"WARNING: {len(made)} case(s) that are refused now are preprocessed already and will not be trained on: "
         f"{', '.join(made)}. 'hiendmae_plan_and_preprocess -d {dataset}' removes them; "
         "what was packed from them must be packed again."
     ]
 
 
 def excluded_cases(folder: Path) -> set[str]:
-    """Cases of a preprocessed data set whose patients were excluded after they had been accepted."""
+    """Cases of a preprocessed data set that ingest refuses by now: to be kept out, or changed."""
     file = folder / EXCLUDED_CASES
     return set(read_json(file)) if file.is_file() else set()
 
@@ -83,8 +87,13 @@ def excluded_cases(folder: Path) -> set[str]:
 def remove_excluded(volumes: Path) -> None:
     """Delete the preprocessed volumes of excluded cases; their images are kept in the raw data set."""
     for case in excluded_cases(volumes.parent):
-        for end in (".b2nd", "_seg.b2nd", ".pkl"):
-            (volumes / f"{case}{end}").unlink(missing_ok=True)
+        remove_case(volumes, case)
+
+
+def remove_case(volumes: Path, case: str) -> None:
+    """Delete a case's preprocessed volumes."""
+    for end in (".b2nd", "_seg.b2nd", ".pkl"):
+        (volumes / f"{case}{end}").unlink(missing_ok=True)
 
 
 def refuse_excluded(dataset: str, cases: Iterable[str], remedy: str) -> None:
@@ -94,7 +103,7 @@ def refuse_excluded(dataset: str, cases: Iterable[str], remedy: str) -> None:
     bad = sorted(excluded_cases(Path(str(nnUNet_preprocessed)) / dataset).intersection(cases))
     if bad:
         raise ValueError(
-            f"{dataset}: hiendmae_ingest --exclude_overlap took out {', '.join(bad[:5])}"
+            f"{dataset}: hiendmae_ingest refuses by now {', '.join(bad[:5])}"
             f"{f' and {len(bad) - 5} more' if len(bad) > 5 else ''}, but the data hold them still. {remedy}"
         )
 

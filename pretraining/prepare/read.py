@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,6 +28,9 @@ def read(source: Source) -> sitk.Image:
             image = read_series(source.files)
             check_grid(image)
             return image
+        if os.path.isdir(source.files[0]):
+            os.listdir(source.files[0])  # tells why it could not be looked into
+            raise Refused("the folder could not be read before; start again")
         if not source.files[0].lower().endswith(IMAGE_ENDINGS):
             raise Refused("no image: neither DICOM nor one of " + ", ".join(IMAGE_ENDINGS))
         return open_file(source.files[0]).Execute()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -91,13 +92,20 @@ def save_thumbnail(image: sitk.Image, file: Path) -> None:
     imsave(file, middle[::step, ::step], cmap="gray", vmin=WINDOW[0], vmax=WINDOW[1])
 
 
-def draw_sheets(rows: Iterable[Row], folder: Path, status: str) -> None:
-    """``<status>_000.png``, …: 48 thumbnails each; inputs without a picture show their reason only."""
-    rows = list(rows)
-    for old in folder.glob(f"{status}_*.png"):
-        old.unlink()
+def draw_sheets(rows: Sequence[Row], folder: Path, status: str, changed: Iterable[str]) -> None:
+    """``<status>_000.png``, …: 48 thumbnails each; inputs without a picture show their reason only.
+
+    Sheets before the first ``changed`` input are as they were: a sheet takes two seconds, 100,000 scans have 2,084.
+    """
     per_sheet = SHEET[0] * SHEET[1]
-    for number, first in enumerate(range(0, len(rows), per_sheet)):
+    inputs = [row.input for row in rows]
+    first_changed = min((bisect_left(inputs, name) for name in changed), default=len(rows) + per_sheet)
+    sheets = {folder / f"{status}_{first // per_sheet:03d}.png": first for first in range(0, len(rows), per_sheet)}
+    for old in set(folder.glob(f"{status}_*.png")) - set(sheets):
+        old.unlink()
+    for file, first in sheets.items():
+        if first + per_sheet <= first_changed and file.is_file():
+            continue
         figure = Figure(figsize=(2 * SHEET[0], 2.4 * SHEET[1]), layout="constrained")
         axes = figure.subplots(SHEET[1], SHEET[0]).ravel()
         for axis in axes:
@@ -108,4 +116,4 @@ def draw_sheets(rows: Iterable[Row], folder: Path, status: str) -> None:
                 axis.imshow(imread(picture))
             name = row.input.encode("ascii", errors="replace").decode()  # the font lacks most scripts
             axis.set_title(f"{name[-28:]}\n{row.reason[:32]}".replace("$", r"\$"), fontsize=6)
-        figure.savefig(folder / f"{status}_{number:03d}.png", dpi=110)
+        figure.savefig(file, dpi=110)
