@@ -153,7 +153,9 @@ def check_weights(dataset: str, plans: dict[str, Any], plan: dict[str, Any], con
     yield from compare_spacing(dataset, plan["spacing"], weights.header.get("spacing") or {})
     cut = clip_warning(plan_intensities(plans, plan, weights.window_hu), weights.window_hu, name)
     if cut:
-        yield Finding("warning", cut, f"nnUNetv2_plan_and_preprocess -d {dataset} -pl HiEndMAEPlanner -c 3d_fullres")
+        keeps = weights.window_hu == DEFAULT_WINDOW  # as HiEndMAEPlanner plans; no command plans a wider window
+        command = f"nnUNetv2_plan_and_preprocess -d {dataset} -pl HiEndMAEPlanner -c 3d_fullres"
+        yield Finding("warning", cut, command if keeps else "widen the intensity bounds in the plans, preprocess again")
     else:
         yield Finding("ok", f"HU window {weights.window_hu[0]:g}…{weights.window_hu[1]:g} is inside what {name} keep")
     patch = plan["patch_size"]

@@ -201,6 +201,11 @@ def read_preprocessed(dataset: str, name: str, plans_name: str, configuration: s
     corpus = PreprocessedCorpus([replace(found, cases=(name,))])
     volume = canonical_volume(corpus.read(0, (0, 0, 0), corpus.shape(0)), corpus.intensity(0))[0]
     properties = load_pickle(str(found.folder / f"{name}.pkl"))
+    if "sitk_stuff" not in properties:
+        raise ValueError(
+            f"-case {name}: {found.name} was not read with nnU-Net's SimpleITKIO, and other geometries are not followed. "
+            f"Give the image itself with -i."
+        )
     geometry = properties["sitk_stuff"]
     original = Frame(origin=geometry["origin"], spacing=geometry["spacing"], direction=geometry["direction"])
     plan = read_json(found.folder.parent / f"{plans_name}.json")
