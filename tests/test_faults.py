@@ -339,5 +339,5 @@ def test_out_of_memory_is_told_in_a_sentence(world: World) -> None:
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     line = done.stderr.splitlines()[-1]
-    assert line.startswith("hiendmae_pretrain: error: the memory of cpu is full.") and "-batch_size" in line
+    assert line.startswith("hiendmae_pretrain: error: the memory of this machine is full.") and "-batch_size" in line
     assert "Traceback" not in done.stderr

@@ -203,8 +203,8 @@ def read_preprocessed(dataset: str, name: str, plans_name: str, configuration: s
     properties = load_pickle(str(found.folder / f"{name}.pkl"))
     if "sitk_stuff" not in properties:
         raise ValueError(
-            f"-case {name}: {found.name} was not read with nnU-Net's SimpleITKIO, and other geometries are not followed. "
-            f"Give the image itself with -i."
+            f"-case {name}: {found.name} was not read with nnU-Net's SimpleITKIO, and other geometries are not "
+            f"followed; give the image itself with -i."
         )
     geometry = properties["sitk_stuff"]
     original = Frame(origin=geometry["origin"], spacing=geometry["spacing"], direction=geometry["direction"])
