@@ -81,6 +81,7 @@ LONGER = [
     pytest.param("grid_long.json", "report_long", marks=pytest.mark.slow),
     pytest.param("grid_augmented.json", "report_augmented", marks=pytest.mark.slow),
     pytest.param("grid_controls_cpu.json", "controls/report_controls_cpu", marks=pytest.mark.slow),
+    pytest.param("grid_one_label_cpu.json", "controls/report_one_label_cpu", marks=pytest.mark.slow),
 ]
 FIXTURES = {"test": "tested", "controls": "controls"}  # by the folder that a report is kept in
 
@@ -118,7 +119,9 @@ def test_archive_is_made_again_from_what_is_in_it(runs: Path, tmp_path: Path, mo
     assert again == kept
 
 
-@pytest.mark.parametrize(("archive", "name"), [("tested", "test_cpu"), ("controls", "controls_cpu")])
+@pytest.mark.parametrize(
+    ("archive", "name"), [("tested", "test_cpu"), ("controls", "controls_cpu"), ("controls", "one_label_cpu")]
+)
 def test_kept_predictions_have_the_dice_of_the_report(archive: str, name: str, request: pytest.FixtureRequest) -> None:
     """Counted anew, voxel by voxel, for every network, test case and organ."""
     tested: Path = request.getfixturevalue(archive)
@@ -139,7 +142,8 @@ def test_kept_predictions_have_the_dice_of_the_report(archive: str, name: str, r
                 counted[prediction] = voxels(prediction)
             ours, theirs = (a == organs[row["organ"]] for a in (counted[prediction], references[row["case"]]))
             assert float(row["dice"]) == pytest.approx(2 * (ours & theirs).sum() / (ours.sum() + theirs.sum()))
-    assert len(references) == 16 and set(counted) == set(tested.glob("predictions/*/*/*/validation/*.nii"))
+    kept = [file for t in trainers.values() for file in tested.glob(f"predictions/*/{t}__*/*/validation/*.nii")]
+    assert len(references) == 16 and set(counted) == set(kept)
 
 
 def test_robustness_follows_from_its_cases(controls: Path) -> None:
