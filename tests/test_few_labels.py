@@ -106,7 +106,7 @@ def test_report_follows_from_the_kept_runs(
 
 
 def test_archive_is_made_again_from_what_is_in_it(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All run folders of the three grids and nothing else: no network, no logs of these, and the same bytes."""
+    """All run folders of the three grids and nothing else: no network, no log, and the same bytes."""
     for kind in ("preprocessed", "results"):
         monkeypatch.setenv(f"nnUNet_{kind}", str(runs / kind))
     files = {f"{folder.name}/cases.csv": folder / "cases.csv" for folder in runs.glob("report*")}

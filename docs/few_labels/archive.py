@@ -1,7 +1,7 @@
 """Keep the comparison of ``run.sh`` in little space: ``python archive.py WORK TARGET``, WORK being where it ran.
 
 ``TARGET/runs.tar.xz`` gets the run folders and plans that the reports are made from, the predictions, and the table of
-single cases of each report; no data, no networks. ``TARGET/report*`` get the reports that follow from it, with one
+single cases of each report; no data, no networks, no logs. ``TARGET/report*`` get the reports that follow from it, with one
 figure each. The same runs give the same bytes.
 """
 
@@ -40,8 +40,7 @@ def run_files(grid: Grid) -> Iterator[tuple[str, Path]]:
             print(f"{run.name}: not finished, left out")
             continue
         model = [folder.parent / name for name in ("dataset.json", "plans.json")]
-        logs = (*folder.glob("*.json"), *folder.glob("training_log_*.txt"), folder / SUMMARY)
-        for file in (*logs, *model):
+        for file in (*folder.glob("*.json"), folder / SUMMARY, *model):
             yield f"results/{file.relative_to(results_folder()).as_posix()}", file
         for file in folder.glob("validation/*.nii.gz"):  # apart: a report would measure them anew, without references
             yield f"predictions/{file.relative_to(results_folder()).as_posix()}".removesuffix(".gz"), file

@@ -22,7 +22,7 @@ from nnunetv2_hiendmae.benchmark.overlap import overlap_lines
 from nnunetv2_hiendmae.benchmark.plan import differences_text, write_text
 from nnunetv2_hiendmae.benchmark.plots import Picture, forest, label_curves, organ_dots
 from nnunetv2_hiendmae.benchmark.record import file_sha256
-from nnunetv2_hiendmae.benchmark.splits import SPLITS_FILE, write_json
+from nnunetv2_hiendmae.benchmark.splits import SPLITS_FILE
 from nnunetv2_hiendmae.benchmark.surface import Diagonals
 from nnunetv2_hiendmae.benchmark.tables import (
     MEAN,
@@ -97,7 +97,7 @@ def report(grid: Grid, folder: Path, tolerance_mm: float) -> list[str]:
     for table in tables:
         write_text(folder / f"{table.name}.csv", csv_text(table.header, table.rows))
     write_text(folder / "cases.csv", cases_csv(results))
-    write_json(file, provenance)
+    write_text(file, json.dumps(provenance, indent=1))
     return failures
 
 
