@@ -1,8 +1,8 @@
 """Keep the comparison of ``run.sh`` in little space: ``python archive.py WORK TARGET``, WORK being where it ran.
 
 ``TARGET/runs.tar.xz`` gets the run folders and plans that the reports are made from, the predictions, and the table of
-single cases of each report; no data, no networks, no logs. ``TARGET/report*`` get the reports that follow from it, with one
-figure each. The same runs give the same bytes.
+single cases of each report; no data, networks or logs. ``TARGET/report*`` get the reports that follow from it, with
+one figure each. The same runs give the same bytes.
 """
 
 from __future__ import annotations
