@@ -7,7 +7,7 @@
 # cpu: two cores, two and a half hours (the sum of its parts; in one go it ran on phantoms, by a test).
 # controls: after cpu, four hours more: asking the last layer only, a frozen encoder, none at all, nnU-Net given the time
 # of Hi-End-MAE's pre-training as well (91 epochs: 29 minutes are 4,600 of its iterations), also with one label, and
-# Hi-End-MAE as long. Its encoder may be another than that of cpu: equal commands gave two on two machines.
+# Hi-End-MAE as long. Its encoder may be another than that of cpu: equal commands gave two on three machines.
 # gpu: one GPU and 16 cores; never run on one. Its sizes are guesses, meant to reach 4 labels in fifteen minutes.
 # Stopped, it goes on where it was when started again. Encoders stay in weights/, networks in nnUNet_results.
 set -euo pipefail
