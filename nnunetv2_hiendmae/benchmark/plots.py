@@ -29,8 +29,9 @@ class Picture:
 def to_svg(figure: Figure) -> bytes:
     """SVG without date and with fixed ids; text as text, which is small and can be searched."""
     file = io.BytesIO()
-    settings = {"svg.hashsalt": "hiendmae_benchmark", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]}
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(
+        {"svg.hashsalt": "hiendmae_benchmark", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]}
+    ):
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
 
