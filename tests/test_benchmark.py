@@ -9,6 +9,8 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -230,20 +232,33 @@ def test_edited_surface_scores_are_measured_again(bench: tuple[World, Path]) -> 
     assert (out / "nsd.csv").read_bytes() == nsd and json.loads(file.read_text(encoding="utf-8")) == json.loads(text)
 
 
+@contextmanager
+def planned_otherwise(bench: tuple[World, Path], old: str, new: str) -> Iterator[None]:
+    """The grid edited and planned again, as it was afterwards."""
+    world, out = bench
+    text = (out / "grid.json").read_text(encoding="utf-8")
+    assert old in text
+    try:
+        (out / "grid.json").write_text(text.replace(old, new), encoding="utf-8")
+        world.run(f"hiendmae_benchmark plan -o {out} -grid {out}/grid.json")
+        yield
+    finally:
+        (out / "grid.json").write_text(text, encoding="utf-8")
+        world.run(f"hiendmae_benchmark plan -o {out} -grid {out}/grid.json")
+
+
 def test_plain_runs_of_other_plans_are_noticed(bench: tuple[World, Path]) -> None:
     """A run of the plain commands has no record; nnU-Net's own copy of its plans tells under which it was trained."""
     world, out = bench
     record = fold_folders(world)["scratch"] / "hiendmae_run.json"
-    plans = world.root / "preprocessed" / DATASET / "nnUNetPlans_bench_scratch.json"
-    recorded, planned = record.read_bytes(), plans.read_text(encoding="utf-8")
+    recorded = record.read_bytes()
     try:
         record.unlink()
         report(bench, ok=True)
-        plans.write_text(planned.replace('"feature_size": 4', '"feature_size": 8'), encoding="utf-8")
-        assert "scratch: CHANGED: it was made with other plans than the grid has now" in report(bench, ok=False)
-        said = world.run(f"hiendmae_benchmark run -o {out} -part_id 1 -num_parts 2", ok=False)
-        assert "it was made with other plans than the grid has now" in said and not record.is_file()
-        plans.write_text(planned, encoding="utf-8")
+        with planned_otherwise(bench, '"feature_size": 4', '"feature_size": 8'):
+            assert "scratch: CHANGED: it was made with other plans than the grid has now" in report(bench, ok=False)
+            said = world.run(f"hiendmae_benchmark run -o {out} -part_id 1 -num_parts 2", ok=False)
+            assert "it was made with other plans than the grid has now" in said and not record.is_file()
         world.run(f"hiendmae_benchmark run -o {out} -part_id 1 -num_parts 2")
         assert json.loads(record.read_text(encoding="utf-8"))["versions"] == {}  # nobody knows
         debug = record.with_name("debug.json")
@@ -253,7 +268,6 @@ def test_plain_runs_of_other_plans_are_noticed(bench: tuple[World, Path]) -> Non
         debug.write_text(told, encoding="utf-8")
     finally:
         record.write_bytes(recorded)
-        plans.write_text(planned, encoding="utf-8")
     report(bench, ok=True)
 
 
@@ -294,15 +308,10 @@ def test_interrupted_and_unevaluated_runs_are_finished(bench: tuple[World, Path]
 def test_failures_are_loud(bench: tuple[World, Path]) -> None:
     """Other plans than a run was made with are refused, and the other runs are not kept from being made."""
     world, out = bench
-    file = world.root / "preprocessed" / DATASET / "nnUNetPlans_bench_nnunet.json"
-    text = file.read_text(encoding="utf-8")
-    file.write_text(text.replace('"batch_size": 2', '"batch_size": 3'))
-    try:
+    with planned_otherwise(bench, '"batch_size": 2', '"batch_size": 3'):
         said = world.run(f"hiendmae_benchmark run -o {out} -part_id 0 -num_parts 2", ok=False)
         assert "it was made with other plans than the grid has now" in said and "Traceback" not in said
         assert "it was made with other plans than the grid has now" in report(bench, ok=False)
-    finally:
-        file.write_text(text)
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_a_killed_rank_ends_the_run(world: World) -> None:
 @pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_run(world: World) -> None:
     """A node that stops answering: the others wait for it as long as set, then end with a message."""
-    process = start(world, f"{ENDLESS} -num_gpus 2 -run hangs", HIENDMAE_TIMEOUT_MINUTES="1")
+    process = start(world, f"{ENDLESS} -num_gpus 2 -run hangs", HIENDMAE_TIMEOUT_MINUTES="0.5")
     wait_for(process, "step 10/")
     os.kill(descendants(process.pid, "spawn_main")[1], signal.SIGSTOP)
     log, _ = process.communicate(timeout=300)
