@@ -323,6 +323,7 @@ def test_another_heap_does_not_replace_the_first(place: World, tmp_path: Path) -
     assert table(place) == before
     (tmp_path / "empty").mkdir()
     assert "holds no files" in place.run(f"hiendmae_ingest -i {tmp_path / 'empty'} -d 511 -n Empty -np 1", ok=False)
+    assert "1 accepted" in place.run(f"hiendmae_ingest -i {tmp_path / 'b'} -d 511 -n Empty -np 1 --no_quality_gate")
 
 
 def test_every_channel_is_kept_out(place: World, tmp_path: Path) -> None:

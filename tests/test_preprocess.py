@@ -121,6 +121,13 @@ def test_bad_case_is_left_out_and_finished_ones_are_kept(place: World) -> None:
     assert "5 cases preprocessed, 0 left out" in place.run(command)
     changed = {f.name for f in folder.glob("*.b2nd") if f.stat().st_mtime_ns != after[f.name]}
     assert changed == {"case_3.b2nd", "case_3_seg.b2nd"}
+    after = {f.name: f.stat().st_mtime_ns for f in folder.glob("*.b2nd")}
+    records = folder.parent / "hiendmae_cases_0.jsonl"
+    lines = [line for line in records.read_text(encoding="utf-8").splitlines() if line]
+    records.write_text(lines[-1] + "\n", encoding="utf-8")  # as if older records were those of a later part
+    records.with_name("hiendmae_cases_1.jsonl").write_text("\n".join(lines[:-1]), encoding="utf-8")
+    assert "5 cases preprocessed, 0 left out" in place.run(command)
+    assert {f.name: f.stat().st_mtime_ns for f in folder.glob("*.b2nd")} == after
     (images / "case_3_0000.nii.gz").write_bytes(b"no image any more")
     place.run(command, ok=False)
     assert not (folder / "case_3.b2nd").exists()  # what was made of the old image is not trained on

@@ -122,14 +122,15 @@ def refuse_other_heap(file: Path, heap: Path) -> None:
 def run_alone(args: argparse.Namespace, heap: Path, folder: Path, exclusions: list[Exclusion]) -> int:
     """``run`` in a folder that no other process touches."""
     settings = folder / "ingest_settings.json"
-    refuse_other_heap(settings, heap)
+    judge, looked_at = Judge(folder, exclusions), set[str]()
+    if judge.report.rows:  # a slip of the hand that found nothing binds nobody
+        refuse_other_heap(settings, heap)
     gate = None if args.no_quality_gate else Gate()
     write_exclusions(folder, exclusions)
     excluded = sorted({e.dataset for e in exclusions})
     settings.write_text(
         json.dumps({"input": str(heap.absolute()), "exclude_overlap": excluded, "gate": gate is not None})
     )
-    judge, looked_at = Judge(folder, exclusions), set[str]()
     with tqdm(unit="scan", disable=not sys.stderr.isatty()) as bar:
         for row in ingest(heap, folder, args.n, gate, args.np, judge):
             bar.update()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,19 @@ CASES = "hiendmae_cases_{}.jsonl"
 def record_case(folder: Path, part_id: int, entry: dict[str, Any]) -> None:
     """Append a case's name, content hash and spacing."""
     with open(folder / CASES.format(part_id), "a", encoding="utf-8") as stream:
-        stream.write("\n" + json.dumps(entry) + "\n")  # also behind half a line
+        stream.write("\n" + json.dumps({**entry, "time": time.time()}) + "\n")  # also behind half a line
 
 
-def recorded_cases(folder: Path) -> Iterator[dict[str, Any]]:
-    """What ``record_case`` wrote, for all parts."""
+def recorded_cases(folder: Path) -> list[dict[str, Any]]:
+    """What ``record_case`` wrote, for all parts; of a case that was done twice the newer one last."""
+    entries = []
     for file in sorted(folder.glob(CASES.format("*"))):
         for line in file.read_text(encoding="utf-8").splitlines():
             with suppress(ValueError):  # a full disk may leave half a line
                 entry = json.loads(line)
                 if isinstance(entry, dict) and "case" in entry:
-                    yield entry
+                    entries.append(entry)
+    return sorted(entries, key=lambda entry: entry.get("time", 0))  # an earlier version noted none
 
 
 def write_manifest(plans_file: Path, raw: Path, description: dict[str, Any], cases: set[str], part_id: int) -> None:
