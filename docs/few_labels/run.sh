@@ -5,17 +5,17 @@
 #   cd a folder to work in; bash .../docs/few_labels/run.sh
 #
 # cpu: two cores, two and a half hours (the sum of its parts; in one go it ran on phantoms, by a test).
-# controls: after cpu, six hours more: asking the last layer only, a frozen encoder, none at all, nnU-Net given the time
+# controls: after cpu, seven hours more: asking the last layer only, a frozen encoder, none at all, nnU-Net given the time
 # of Hi-End-MAE's pre-training as well (91 epochs: 29 minutes are 4,600 of its iterations; ResEnc-L 65, an epoch of it
-# takes 1.41 times as long), also with 1 and 16 labels, and Hi-End-MAE as long. Its encoder may be another than that of
-# cpu: equal commands gave two on three machines.
+# takes 1.41 times as long), also with one label, and Hi-End-MAE and scratch as long. Its encoder may be another than
+# that of cpu: equal commands gave two on three machines.
 # gpu: one GPU and 16 cores; never run on one. Its sizes are guesses, meant to reach 4 labels in fifteen minutes.
 # Stopped, it goes on where it was when started again. Encoders stay in weights/, networks in nnUNet_results.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 kind=${1:-cpu} scale=$kind grids=(test_$kind) pretrainings=(hi:hierarchical mae:self_attention)
 if [ "$kind" = controls ]; then
-  scale=cpu grids=(controls_cpu one_label_cpu sixteen_cpu) pretrainings=(hi:hierarchical last:last_layer)
+  scale=cpu grids=(controls_cpu one_label_cpu) pretrainings=(hi:hierarchical last:last_layer)
 fi
 case $scale in
   cpu) mm=5 device=cpu jobs=2 workers=1 plans=(ExperimentPlanner:nnUNet nnUNetPlannerResEncL:nnUNetResEncL)
