@@ -56,6 +56,41 @@ def test_two_ranks_equal_one(alone: World, way: str) -> None:
     assert (alone.root / RUNS / way / "encoder_weights.pth").is_file()
 
 
+IDLE_GLOO = """
+import os
+import torch.distributed as dist
+from pretraining.commands.pretrain import main
+
+join, threads = dist.init_process_group, lambda: set(os.listdir("/proc/self/task"))
+
+def join_idly(*args, **kwargs):
+    before = threads()
+    join(*args, **kwargs)
+    for thread in threads() - before:
+        os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
+
+dist.init_process_group = join_idly
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are given no time by Linux' scheduler")
+def test_ranks_that_are_done_end_well(world: World, tmp_path: Path) -> None:
+    """Gloo's threads hold the last tensors until they get a core; the rank that ends meanwhile aborted, now and then."""
+    (tmp_path / "idle.py").write_text(IDLE_GLOO, encoding="utf-8")
+    torchrun = f"torchrun --standalone --nproc_per_node 2 {tmp_path / 'idle.py'}"
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        for i in range(2):
+            world.run(f"{torchrun} -d 901 {SMALL} -num_workers 0 -steps 2 -batch_size 4 -run idle_{i}")
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ["-accumulate 2", "--activation_checkpointing", "-num_workers 0"])
 def test_other_ways_to_compute_the_same(alone: World, flags: str) -> None:

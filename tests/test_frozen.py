@@ -118,6 +118,7 @@ def one_rank(rank: int, folder: str) -> None:
         optimizer.step()
     torch.save((net.module.state_dict(), seen), os.path.join(folder, f"rank_{rank}.pth"))
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may still hold a tensor; an interpreter that shuts down then aborts
 
 
 def test_ranks_exchange_what_learns(tmp_path: Path) -> None:

@@ -212,7 +212,12 @@ def announce(config: RunConfig, runtime: Runtime, corpus: Corpus, folder: Path, 
 
 
 def work(job: Job) -> None:
-    """One rank. A failed one ends at once: Python would wait for loader processes, the rank for others that failed."""
+    """One rank. A failed one ends at once: Python would wait for loader processes, the rank for others that failed.
+
+    So does each of several that is done: gloo's threads may still hold a tensor of Python's, and one that lets go of
+    it while the interpreter shuts down aborts the process (SIGABRT: a failed rank, and the others are stopped).
+    """
+    code = 0
     try:
         pretrain(job)
     except BaseException as error:  # whatever it is, the other ranks must not wait for this one
@@ -221,6 +226,7 @@ def work(job: Job) -> None:
             less = FEWER_WORKERS if full == "this machine" and job.runtime.device != "cpu" else LESS_MEMORY
             line = f"error: the memory of {full} is full. {less}"
         print(f"hiendmae_pretrain: {line}", file=sys.stderr, flush=True)
+    if code or distributed.launched():
         sys.stdout.flush()
         os._exit(code)
 
