@@ -14,16 +14,18 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 kind=${1:-cpu} scale=$kind grids=(test_$kind) pretrainings=(hi:hierarchical mae:self_attention)
+plans=(ExperimentPlanner:nnUNet nnUNetPlannerResEncL:nnUNetResEncL)
 if [ "$kind" = controls ]; then
   scale=cpu grids=(controls_cpu one_label_cpu) pretrainings=(hi:hierarchical last:last_layer)
 fi
 case $scale in
-  cpu) mm=5 device=cpu jobs=2 workers=1 plans=(ExperimentPlanner:nnUNet nnUNetPlannerResEncL:nnUNetResEncL)
+  cpu) mm=5 device=cpu jobs=2 workers=1
     sizes="-preset nano -crop_size 24 24 24 -batch_size 8 -steps 10000 --no_augmentation" ;;
-  gpu) mm=3 device=cuda jobs=12 workers=6 plans=(ExperimentPlanner:nnUNet nnUNetPlannerResEncL:nnUNetResEncL)
+  gpu) mm=3 device=cuda jobs=12 workers=6
     sizes="-preset tiny -vit_patch_size 4 4 4 -crop_size 48 48 48 -batch_size 64 -steps 3000" ;;
   *) echo "run.sh: '$kind' must be cpu, controls or gpu" >&2 && exit 2 ;;
 esac
+[ "$kind" != cpu ] || plans=("${plans[0]}")
 export OMP_WAIT_POLICY=PASSIVE # several processes share the cores
 # glibc keeps what was freed instead of giving it back to the system and asking anew in every step
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
