@@ -9,13 +9,25 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from conftest import DATASET, World
 
 RUNS = Path("results") / DATASET / "HiEndMAE__nnUNetPlans__3d_fullres"
 SMALL = "-preset tiny -device cpu -crop_size 24 24 24 -num_workers 1 -preview_epochs 0 -checkpoint_minutes 0"
 ENDLESS = f"hiendmae_pretrain -d 901 {SMALL} -steps 100000 -batch_size 2 -val_every 5"
 STARTED: list[subprocess.Popen[str]] = []
+
+
+class Numbers:
+    """A stream whose crop i is full of i, modulo 251."""
+
+    stored = (1, 8, 8, 8), np.dtype(np.uint8)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": torch.full((1, 8, 8, 8), index % 251, dtype=torch.uint8), "jitter": (1.0, 0.0), "case": index}
 
 
 def start(world: World, command: str, **env: str) -> subprocess.Popen[str]:

@@ -78,7 +78,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are given no time by Linux' scheduler")
 def test_ranks_that_are_done_end_well(world: World, tmp_path: Path) -> None:
-    """Gloo's threads hold the last tensors until they get a core; the rank that ends meanwhile aborted, now and then."""
+    """Gloo's threads hold the last tensors until they get a core; a rank that ended meanwhile could abort."""
     (tmp_path / "idle.py").write_text(IDLE_GLOO, encoding="utf-8")
     torchrun = f"torchrun --standalone --nproc_per_node 2 {tmp_path / 'idle.py'}"
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]

@@ -6,8 +6,10 @@ import time
 
 import pytest
 import torch
+from processes import Numbers
 
 from pretraining.config import PRESETS, RunConfig, Runtime
+from pretraining.data.loader import MicroBatches, train_loader
 from pretraining.device import Fetch, Reading
 from pretraining.speed import random_batch
 from pretraining.step import TrainState, agree, backward, prepare_network, update
@@ -39,6 +41,19 @@ def test_nothing_in_a_step_waits_for_the_device(precision: str) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert all(torch.tensor(reading.get()).isfinite().all() for reading in readings[2:])
+
+
+@needs_gpu
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_loader_processes_write_is_pinned(num_workers: int) -> None:
+    """Twice in a process: what the first run locked is let go of."""
+    for _ in range(2):
+        copies = []
+        for batch in train_loader(Numbers(), MicroBatches(0, 20, 6), num_workers, pin_memory=True):
+            assert batch["image"].is_pinned()
+            copies.append(batch["image"].to("cuda", non_blocking=True))
+            torch.cuda.synchronize()  # a run reads its loss one step late
+        assert torch.stack(copies)[..., 0].flatten().tolist() == [i for i in range(120) for _ in range(64)]
 
 
 @needs_gpu

@@ -9,10 +9,15 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from processes import Numbers
 
+from pretraining.data import loader
+from pretraining.data.loader import MicroBatches, train_loader
 from pretraining.processes import cgroup_quota
 
 KILLED = {
@@ -37,6 +42,21 @@ def test_nothing_outlives_a_killed_process(what: str) -> None:
     code = "import os" + textwrap.dedent(KILLED[what]) + "os.kill(os.getpid(), 9)"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=False, timeout=60)
     assert done.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(("num_workers", "accumulate", "chunk"), [(2, 1, 1), (2, 2, 3), (1, 1, 8), (0, 2, 2)])
+def test_batches_stay_until_others_are_asked_for(
+    num_workers: int, accumulate: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the step at hand and of the one before it, however far loader processes are ahead."""
+    monkeypatch.setattr(loader, "CHUNK_BYTES", chunk * 8**3)
+    sampler = MicroBatches(0, 20, 8 * accumulate, accumulate)
+    held: list[tuple[list[int], torch.Tensor]] = []
+    for numbers, batch in zip(sampler, train_loader(Numbers(), sampler, num_workers, False), strict=True):
+        held = [*held, ([number % 251 for number in numbers], batch["image"])][-2 * accumulate :]
+        time.sleep(0.01)
+        for crops, image in held:
+            assert image.flatten(1).unique(dim=1)[:, 0].tolist() == crops and image.flatten(1).float().std(1).max() == 0
 
 
 # Lines of /proc/self/cgroup, files below /sys/fs/cgroup, and the cores that they leave.

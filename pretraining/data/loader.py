@@ -1,13 +1,14 @@
 """Batches of the stream for training, made by loader processes in memory that is used again and again.
 
-A process fills slots of shared memory with chunks of a few crops; a thread of the trainer puts them together into the
-next batch, in pinned memory, while the device computes. Nothing is allocated for a batch, and what is in flight is
-bounded: ``AHEAD`` chunks of a process, and the batches of two steps and one more.
+A process writes chunks of a few crops to their places in a batch, in shared memory that a GPU copies from; the trainer
+only puts their numbers together. Nothing is allocated or copied for a batch, and what is in flight is bounded: the
+batches of two steps, one more, and those that ``AHEAD`` chunks of each process belong to.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import mmap
 import signal
 import sys
@@ -60,73 +61,88 @@ class MicroBatches:
 
 @dataclass
 class Chunks(Dataset):
-    """What a loader process does: crops into a slot, the small rest through the pipe."""
+    """What a loader process does: crops into their places in a batch, the small rest through the pipe."""
 
     stream: CropStream
-    slots: Tensor
-    """``(slots, crops, C, H, W, D)``, shared by the processes."""
+    buffers: Tensor
+    """``(buffers, batch, C, H, W, D)``, shared by the processes."""
 
-    def __getitem__(self, task: tuple[int, list[int]]) -> tuple[int, dict[str, np.ndarray]]:
-        slot, numbers = task
+    def __getitem__(self, task: tuple[int, int, list[int]]) -> dict[str, np.ndarray]:
+        buffer, first, numbers = task
         samples = []
-        for place, number in zip(self.slots[slot], numbers, strict=False):  # the last chunk of a batch may be smaller
+        for place, number in zip(self.buffers[buffer, first : first + len(numbers)], numbers, strict=True):
             sample = self.stream[number]
             place.copy_(sample.pop("image"))
             samples.append(sample)
-        return slot, numbers_of(samples)
+        return numbers_of(samples)
 
 
 @dataclass
 class Tasks:
-    """Chunks of micro-batches, each with a slot. A slot comes round when what was in it has been taken out."""
+    """Chunks of micro-batches, each with its place. A buffer comes round when what was in it has been used."""
 
     batches: MicroBatches
-    slots: int
+    buffers: int
     crops: int
 
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        chunks = (batch[i : i + self.crops] for batch in self.batches for i in range(0, len(batch), self.crops))
-        return zip(itertools.cycle(range(self.slots)), chunks, strict=False)
+    def __iter__(self) -> Iterator[tuple[int, int, list[int]]]:
+        for buffer, batch in zip(itertools.cycle(range(self.buffers)), self.batches, strict=False):
+            for first in range(0, len(batch), self.crops):
+                yield buffer, first, batch[first : first + self.crops]
 
 
 def train_loader(stream: CropStream, sampler: MicroBatches, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
     """Batches in the sampler's order. One is overwritten when ``2 · accumulate`` further ones have been asked for."""
     shape, dtype = stream.stored
     crops = min(max(CHUNK_BYTES // (int(np.prod(shape)) * dtype.itemsize), 1), sampler.size)
-    # A task is given out when that of AHEAD · num_workers earlier is handed over; the one before that has been copied.
-    slots = shared_memory((AHEAD * num_workers + 1, crops, *shape), dtype)
+    chunks = math.ceil(sampler.size / crops)
+    # The step at hand and the one before it, whose crops a report may need; the batch that is being put together; and
+    # those of the chunks that are worked ahead, of which a task is given out when one is handed over.
+    count = 2 * sampler.accumulate + 1 + math.ceil(AHEAD * num_workers / chunks)
+    buffers = memory((count, sampler.size, *shape), dtype, num_workers > 0, pin_memory)
     loader = DataLoader(
-        Chunks(stream, slots),
+        Chunks(stream, buffers),
         batch_size=None,
-        sampler=Tasks(sampler, len(slots), crops),
+        sampler=Tasks(sampler, count, crops),
         collate_fn=as_it_is,  # type: ignore[arg-type]
         num_workers=num_workers,
         prefetch_factor=AHEAD if num_workers else None,
         multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,  # also from Python 3.14 on
         worker_init_fn=follow_the_trainer,
     )
-    # The step at hand and the one before it, whose crops a report may need, and the batch that is being made.
-    shape = (2 * sampler.accumulate + 1, sampler.size, *shape)
-    batches = put_together(iter(loader), slots, torch.empty(shape, dtype=slots.dtype, pin_memory=pin_memory))
-    return ahead(batches) if num_workers else batches
+    batches = put_together(iter(loader), buffers, chunks)
+    if not num_workers:
+        return batches
+    return page_locked(ahead(batches), buffers) if pin_memory else ahead(batches)
 
 
-def put_together(
-    chunks: Iterator[tuple[int, dict[str, np.ndarray]]], slots: Tensor, buffers: Tensor
-) -> Iterator[Batch]:
-    """Chunks in turn to batches as ``collate`` makes them; their images are ``buffers``, in turn."""
+def put_together(chunks: Iterator[dict[str, np.ndarray]], buffers: Tensor, count: int) -> Iterator[Batch]:
+    """Batches as ``collate`` makes them, of ``count`` chunks each, whose images are in ``buffers``, in turn."""
     for image in itertools.cycle(buffers):
-        filled, parts = 0, []
-        while filled < len(image):
-            slot, numbers = next(chunks, (None, {}))
-            if slot is None:
-                return
-            count = len(numbers["case"])
-            image[filled : filled + count].copy_(slots[slot, :count])
-            filled += count
-            parts.append(numbers)
+        parts = list(itertools.islice(chunks, count))
+        if not parts:
+            return
         numbers = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         yield {**{name: torch.from_numpy(values) for name, values in numbers.items()}, "image": image}
+
+
+def page_locked(batches: Iterator[Batch], buffers: Tensor) -> Iterator[Batch]:
+    """The same batches; until they are given up, a GPU copies from their memory while the trainer goes on.
+
+    As torch does with what it shares and pins (``torch.distributed._state_dict_utils``). Not before the processes have
+    begun: the driver may keep what is locked from those that are forked later.
+
+    Raises:
+        RuntimeError: the driver cannot lock it.
+    """
+    cudart, place = torch.cuda.cudart(), buffers.data_ptr()
+    code = int(cudart.cudaHostRegister(place, buffers.numel() * buffers.element_size(), 0))
+    if code:
+        raise RuntimeError(f"CUDA cannot page-lock the memory of the loader processes (error {code}): -num_workers 0")
+    try:
+        yield from batches
+    finally:
+        cudart.cudaHostUnregister(place)
 
 
 def ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -138,19 +154,20 @@ def ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
             yield batch
 
 
-def shared_memory(shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
-    """Memory that loader processes write and this one reads.
+def memory(shape: tuple[int, ...], dtype: np.dtype, shared: bool, pin_memory: bool) -> Tensor:
+    """Memory that this process reads, and that loader processes write if it is ``shared``.
 
     Forked processes inherit it. It is no file in /dev/shm, of which containers have 64 MB.
     """
     example = torch.from_numpy(np.empty(0, dtype))
+    if not shared:
+        return torch.empty(shape, dtype=example.dtype, pin_memory=pin_memory)
     if sys.platform != "linux":
         return torch.empty(shape, dtype=example.dtype).share_memory_()
-    memory = mmap.mmap(-1, int(np.prod(shape)) * dtype.itemsize)
-    return torch.frombuffer(memory, dtype=example.dtype).view(shape)
+    return torch.frombuffer(mmap.mmap(-1, int(np.prod(shape)) * dtype.itemsize), dtype=example.dtype).view(shape)
 
 
-def as_it_is(chunk: tuple[int, dict[str, np.ndarray]]) -> tuple[int, dict[str, np.ndarray]]:
+def as_it_is(chunk: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Arrays go through the pipe; torch would put each tensor into shared memory of its own."""
     return chunk
 
