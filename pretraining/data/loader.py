@@ -2,7 +2,7 @@
 
 A process writes chunks of a few crops to their places in a batch, in shared memory that a GPU copies from; the trainer
 only puts their numbers together. Nothing is allocated or copied for a batch, and what is in flight is bounded: the
-batches of two steps, one more, and those that ``AHEAD`` chunks of each process belong to.
+batches of two steps, and those of the chunks that are worked ahead, which are a step, or ``AHEAD`` of each process.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import mmap
 import signal
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +26,7 @@ from pretraining.processes import end_with_the_parent
 CHUNK_BYTES = 8 * 2**20
 """Of voxels; a crop that is larger is a chunk of its own."""
 AHEAD = 4
-"""Chunks that each loader process works ahead."""
+"""Chunks that each loader process works ahead, or more, so that all of them work a step ahead."""
 GRACE_S = 900
 """Between SIGTERM and a loader process' end: the trainer needs its batches until it has written its checkpoint."""
 
@@ -96,9 +95,10 @@ def train_loader(stream: CropStream, sampler: MicroBatches, num_workers: int, pi
     shape, dtype = stream.stored
     crops = min(max(CHUNK_BYTES // (int(np.prod(shape)) * dtype.itemsize), 1), sampler.size)
     chunks = math.ceil(sampler.size / crops)
-    # The step at hand and the one before it, whose crops a report may need; the batch that is being put together; and
-    # those of the chunks that are worked ahead, of which a task is given out when one is handed over.
-    count = 2 * sampler.accumulate + 1 + math.ceil(AHEAD * num_workers / chunks)
+    each = max(AHEAD, math.ceil(sampler.accumulate * chunks / max(num_workers, 1)))
+    # The step at hand and the one before it, whose crops a report may need; and the batches of the chunks ahead: one of
+    # these is begun whenever one is handed over.
+    count = 2 * sampler.accumulate + math.ceil(each * num_workers / chunks)
     buffers = memory((count, sampler.size, *shape), dtype, num_workers > 0, pin_memory)
     loader = DataLoader(
         Chunks(stream, buffers),
@@ -106,14 +106,12 @@ def train_loader(stream: CropStream, sampler: MicroBatches, num_workers: int, pi
         sampler=Tasks(sampler, count, crops),
         collate_fn=as_it_is,  # type: ignore[arg-type]
         num_workers=num_workers,
-        prefetch_factor=AHEAD if num_workers else None,
+        prefetch_factor=each if num_workers else None,
         multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,  # also from Python 3.14 on
         worker_init_fn=follow_the_trainer,
     )
     batches = put_together(iter(loader), buffers, chunks)
-    if not num_workers:
-        return batches
-    return page_locked(ahead(batches), buffers) if pin_memory else ahead(batches)
+    return page_locked(batches, buffers) if pin_memory and num_workers else batches
 
 
 def put_together(chunks: Iterator[dict[str, np.ndarray]], buffers: Tensor, count: int) -> Iterator[Batch]:
@@ -143,15 +141,6 @@ def page_locked(batches: Iterator[Batch], buffers: Tensor) -> Iterator[Batch]:
         yield from batches
     finally:
         cudart.cudaHostUnregister(place)
-
-
-def ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches, each made in a thread while the caller works on the one before."""
-    with ThreadPoolExecutor(1) as thread:
-        future = thread.submit(next, batches, None)
-        while (batch := future.result()) is not None:
-            future = thread.submit(next, batches, None)
-            yield batch
 
 
 def memory(shape: tuple[int, ...], dtype: np.dtype, shared: bool, pin_memory: bool) -> Tensor:
