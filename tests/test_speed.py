@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from conftest import World
+from processes import start
 
 
 @pytest.mark.slow
@@ -29,6 +31,16 @@ def test_figures_are_complete_and_consistent(world: World, tmp_path: Path) -> No
     for found in figures["training"].values():
         assert 0 <= found["data_wait"] < 1 and 0 < found["checkpoint_gib"] < found["memory_gib"]
         assert f" {found['crops_per_s']:.2f} crops/s" in log and "limited by the step" in log
+
+
+def test_a_damaged_shard_ends_the_command(world: World, tmp_path: Path) -> None:
+    """At once, though the error still holds the loader and its process."""
+    world.run(f"hiendmae_pack -d 901 -o {tmp_path / 'packed'}")
+    os.truncate(tmp_path / "packed" / "shard_00000.voxels", 1000)
+    command = f"hiendmae_benchmark_speed -packed {tmp_path / 'packed'} -preset pico -device cpu -batch_size 2"
+    process = start(world, f"{command} -num_workers 1 -seconds 0.5")
+    log, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "shard_00000.voxels is cut off" in log and len(log.splitlines()) == 1, log
 
 
 @pytest.mark.slow

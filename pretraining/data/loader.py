@@ -7,9 +7,11 @@ batches of two steps, and those of the chunks that are worked ahead, which are a
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import math
 import mmap
+import multiprocessing
 import signal
 import sys
 from collections.abc import Iterator
@@ -110,6 +112,7 @@ def train_loader(stream: CropStream, sampler: MicroBatches, num_workers: int, pi
         multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,  # also from Python 3.14 on
         worker_init_fn=follow_the_trainer,
     )
+    atexit.register(end_loader_processes)
     batches = put_together(iter(loader), buffers, chunks)
     return page_locked(batches, buffers) if pin_memory and num_workers else batches
 
@@ -159,6 +162,14 @@ def memory(shape: tuple[int, ...], dtype: np.dtype, shared: bool, pin_memory: bo
 def as_it_is(chunk: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Arrays go through the pipe; torch would put each tensor into shared memory of its own."""
     return chunk
+
+
+def end_loader_processes() -> None:
+    """At the end of a process that still has them, after an error: Python would send SIGTERM and wait for GRACE_S."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a loader process is killed
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def follow_the_trainer(_: int) -> None:
