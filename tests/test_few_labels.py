@@ -342,7 +342,7 @@ def test_the_recipes_differ_in_what_they_say() -> None:
     cpu, gpu, controls = (read_grid(KEPT / f"grid_{name}.json") for name in ("test_cpu", "test_gpu", "controls_cpu"))
     assert replace(controls, name=cpu.name, arms=cpu.arms, labels=cpu.labels) == cpu
     assert controls.arms[0] == cpu.arms[0] and set(controls.labels) < set(cpu.labels)
-    assert [arm.name for arm in controls.arms if arm.num_epochs] == ["hiendmae_long", "nnunet_time"]
+    assert [arm.name for arm in controls.arms if arm.num_epochs] == ["hiendmae_long", "nnunet_time", "resenc_l_time"]
     one_label = read_grid(KEPT / "grid_one_label_cpu.json")
     assert replace(one_label, name=controls.name, arms=controls.arms, labels=controls.labels) == controls
     assert all(arm in controls.arms for arm in one_label.arms) and one_label.labels == (1,)

@@ -8,7 +8,7 @@
 # controls: after cpu, seven hours more: asking the last layer only, a frozen encoder, none at all, nnU-Net given the time
 # of Hi-End-MAE's pre-training as well (91 epochs: 29 minutes are 4,600 of its iterations; ResEnc-L 65, an epoch of it
 # takes 1.41 times as long), also with one label, and Hi-End-MAE as long. Its encoder may be another than that of cpu:
-# equal commands gave three on four machines.
+# equal commands gave two on four machines.
 # gpu: one GPU and 16 cores; never run on one. Its sizes are guesses, meant to reach 4 labels in fifteen minutes.
 # Stopped, it goes on where it was when started again. Encoders stay in weights/, networks in nnUNet_results.
 set -euo pipefail
