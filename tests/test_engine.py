@@ -84,7 +84,8 @@ def test_ranks_that_are_done_end_well(world: World, tmp_path: Path) -> None:
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     try:
         for i in range(2):
-            world.run(f"{torchrun} -d 901 {SMALL} -num_workers 0 -steps 2 -batch_size 4 -run idle_{i}")
+            log = world.run(f"{torchrun} -d 901 {SMALL} -num_workers 0 -steps 2 -batch_size 4 -run idle_{i}")
+            assert "Encoder weights: " in log and "terminate called" not in log
     finally:
         for process in busy:
             process.kill()
